@@ -1,0 +1,105 @@
+/* kernels/attention.h - out = softmax(softmax_scale * q k^T + mask) v over whole rows, lists and ranges of keys.
+ *
+ * Source   Dao et al. 2022/2023 (FlashAttention 1 and 2: online softmax over key tiles), merge by log-sum-exp as in
+ *          "cascade" inference. LSE is the natural log, f32, everywhere outside a kernel.
+ * Symbols  B batch, Hq/Hkv query and key heads (Hq a multiple of Hkv: GQA), D head_dim.
+ * D        CUDA: 64, 72, 80, 96, 128. CPU: any.
+ *
+ *   q    row i of batch b, head h at q + b*q_batch_stride + i*q_row_stride + h*q_head_stride; D contiguous   read
+ *   k, v likewise with kv_* strides (k and v share strides)                                                   read
+ *   out  likewise with out_* strides; row i is query i                                                        written
+ *   lse  [B, Hq, q_len] f32, NULL if not wanted; -inf (and out 0) for a query that sees no key                written
+ * Strides are in elements. bf16 on CUDA: row and head strides multiples of 8 and 16-byte aligned bases
+ * (D = 72 packed in [token][3][H][72] satisfies this).
+ *
+ * Queries   q_rows (device int32 [q_len], may be NULL): query i is row q_rows[i] of q; its out row is i (packed).
+ *           q_batch_stride_rows: stride between the lists of two samples, 0 = one list for all.
+ * Keys      by default rows 0..kv_len-1. num_ranges > 0: the union of up to 4 ascending, disjoint ranges [begin, end).
+ *           kv_rows (device int32 [kv_len]): key j is row kv_rows[j]; kv_batch_stride_rows as above.
+ *           kv_lens (device int32 [B], may be NULL): only the first kv_lens[b] keys of the list or of 0..kv_len-1 count.
+ * Mask      NONE; CAUSAL: key position <= query position; BLOCK_CAUSAL: key pos < (query pos / causal_block + 1) *
+ *           causal_block. A query's position is its row in q (q_rows[i] or i) + q_pos_offset; a key's is its row in k.
+ *           Key rows that no query of a call sees are not read into its result: they may hold anything.
+ * kv_rows and kv_lens exclude ranges; ranges end at kv_len or before. kv_lens outside 0..kv_len count as the nearer end.
+ * workspace: attention_workspace() bytes (split keys; the host's per-thread scratch); NULL if that is 0. */
+#ifndef RF_KERNELS_ATTENTION_H
+#define RF_KERNELS_ATTENTION_H
+
+#include "core/backend.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef enum { RF_MASK_NONE = 0, RF_MASK_CAUSAL, RF_MASK_BLOCK_CAUSAL } rf_mask;
+
+#define RF_MAX_KEY_RANGES 4
+typedef struct {
+    int32_t begin, end;
+} rf_key_range;
+
+/* auto picks the fastest kernel that can run; the others force one (tests, benchmarks) and fail if it cannot. */
+typedef enum { RF_ATTENTION_AUTO = 0, RF_ATTENTION_MMA, RF_ATTENTION_WGMMA } rf_attention_kernel;
+
+typedef struct {
+    const void *q, *k, *v;
+    void *out;
+    float *lse;
+    rf_dtype dtype;
+    int64_t batch;
+    int num_q_heads, num_kv_heads, head_dim;
+    int64_t q_len, kv_len;
+    int64_t q_batch_stride, q_row_stride, q_head_stride;
+    int64_t kv_batch_stride, kv_row_stride, kv_head_stride;
+    int64_t out_batch_stride, out_row_stride, out_head_stride;
+    float softmax_scale;
+
+    const int32_t *q_rows;
+    int64_t q_batch_stride_rows;
+    const int32_t *kv_rows;
+    int64_t kv_batch_stride_rows;
+    const int32_t *kv_lens;
+    int num_ranges;
+    rf_key_range ranges[RF_MAX_KEY_RANGES];
+
+    rf_mask mask;
+    int32_t causal_block;
+    int32_t q_pos_offset;
+
+    void *workspace;
+    size_t workspace_bytes;
+
+    rf_attention_kernel kernel;
+} rf_attention_args;
+
+/* Self-attention over packed rows [batch*len][3][H][D] -> out [batch*len][H][D]; scale 1/sqrt(D); no lists, no mask. */
+rf_attention_args rf_attention_args_packed(rf_dtype dtype, int64_t batch, int64_t len, int num_heads, int head_dim,
+                                           const void *qkv, void *out);
+
+/* Joins two attentions of the same queries over disjoint key sets: w = exp(lse_i - max), out = sum w_i out_i / sum w_i,
+ * lse = max + ln sum w_i. Either side may be empty (-inf). out_a/out_b/out [rows, num_heads, head_dim] dense;
+ * lse_* [num_heads, rows] f32. out may alias out_a, lse may alias lse_a. out_a is f32 or dtype, as out_a_dtype says. */
+typedef struct {
+    const void *out_a, *out_b;
+    const float *lse_a, *lse_b;
+    void *out;
+    float *lse;
+    rf_dtype out_a_dtype, dtype;
+    int64_t rows;
+    int num_heads, head_dim;
+} rf_attention_merge_args;
+
+/* y[r, c] = softmax over c of scale * x[r, c]; f32 in, f32 or bf16 out; for attention whose head_dim has no kernel
+ * (the one head of 512 in AutoencoderKL) between two GEMMs. y may alias x if the dtypes are equal. */
+typedef struct {
+    const void *x;
+    void *y;
+    rf_dtype x_dtype, y_dtype;
+    int64_t rows, cols;
+    float scale;
+} rf_softmax_args;
+
+#ifdef __cplusplus
+}
+#endif
+#endif

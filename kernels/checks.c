@@ -1,0 +1,610 @@
+/* kernels/checks.c - argument checks shared by the operator tables. See checks.h for what each pair promises. */
+#include "kernels/checks.h"
+
+#include <math.h>
+
+#define TRY(call)                                                                                                      \
+    do {                                                                                                               \
+        rf_status st_ = (call);                                                                                        \
+        if (st_ != RF_OK) return st_;                                                                                  \
+    } while (0)
+
+/* ---- small checks: each names the field ---- */
+
+static rf_status given(const char *op, const void *args, rf_error *err) {
+    return args ? RF_OK : rf_fail(err, RF_ERR_ARGUMENT, "%s: no arguments", op);
+}
+
+/* Sizes fit 32 bits, so that a product of two fits 64 and BLAS can take them. */
+static rf_status size_in(const char *op, const char *field, int64_t value, int64_t min, int64_t max, rf_error *err) {
+    if (value >= min && value <= max) return RF_OK;
+    return rf_fail(err, RF_ERR_SHAPE, "%s: %s is %lld, must be %lld..%lld", op, field, (long long)value, (long long)min,
+                   (long long)max);
+}
+
+static rf_status size_from(const char *op, const char *field, int64_t value, int64_t min, rf_error *err) {
+    return size_in(op, field, value, min, INT32_MAX, err);
+}
+
+/* The number of elements of a whole operand stays below 2^62, whatever its factors. */
+static rf_status product_fits(const char *op, const char *what, const int64_t *factors, int num, rf_error *err) {
+    int64_t product = 1;
+    for (int i = 0; i < num; i++) {
+        if (__builtin_mul_overflow(product, factors[i], &product) || product > INT64_MAX / 2)
+            return rf_fail(err, RF_ERR_SHAPE, "%s: %s has too many elements", op, what);
+    }
+    return RF_OK;
+}
+
+/* Strides are in elements and may be large; a negative or overlapping one is refused. */
+static rf_status stride_from(const char *op, const char *field, int64_t value, int64_t min, rf_error *err) {
+    if (value >= min && value <= INT64_MAX / 2) return RF_OK;
+    return rf_fail(err, RF_ERR_SHAPE, "%s: %s is %lld, must be at least %lld", op, field, (long long)value,
+                   (long long)min);
+}
+
+static rf_status float_dtype(const char *op, const char *field, rf_dtype dtype, rf_error *err) {
+    if (dtype == RF_DTYPE_F32 || dtype == RF_DTYPE_BF16) return RF_OK;
+    return rf_fail(err, RF_ERR_DTYPE, "%s: %s is %s, must be f32 or bf16", op, field, rf_dtype_name(dtype));
+}
+
+static rf_status enum_in(const char *op, const char *field, int value, int last, rf_error *err) {
+    if (value >= 0 && value <= last) return RF_OK;
+    return rf_fail(err, RF_ERR_ARGUMENT, "%s: %s is %d, must be 0..%d", op, field, value, last);
+}
+
+static rf_status finite_value(const char *op, const char *field, double value, rf_error *err) {
+    if (isfinite(value)) return RF_OK;
+    return rf_fail(err, RF_ERR_ARGUMENT, "%s: %s is not finite", op, field);
+}
+
+static rf_status eps_value(const char *op, float eps, rf_error *err) {
+    if (isfinite(eps) && eps >= 0) return RF_OK;
+    return rf_fail(err, RF_ERR_ARGUMENT, "%s: eps is %g, must be a number >= 0", op, (double)eps);
+}
+
+static rf_status pointer(const char *op, const char *field, const void *p, rf_error *err) {
+    return p ? RF_OK : rf_fail(err, RF_ERR_ARGUMENT, "%s: %s is NULL", op, field);
+}
+
+static rf_status not_same(const char *op, const char *a, const void *pa, const char *b, const void *pb, rf_error *err) {
+    if (pa != pb || !pa) return RF_OK;
+    return rf_fail(err, RF_ERR_ARGUMENT, "%s: %s may not be the buffer of %s", op, a, b);
+}
+
+rf_status rf_check_workspace(const char *op, const void *workspace, size_t have_bytes, size_t need_bytes,
+                             rf_error *err) {
+    if (need_bytes == 0) return RF_OK;
+    if (!workspace) have_bytes = 0;
+    if (have_bytes >= need_bytes) return RF_OK;
+    return rf_fail(err, RF_ERR_WORKSPACE, "%s: the workspace needs %zu bytes, has %zu", op, need_bytes, have_bytes);
+}
+
+rf_status rf_check_f32(const char *what, rf_dtype dtype, rf_error *err) {
+    if (dtype == RF_DTYPE_F32) return RF_OK;
+    return rf_fail(err, RF_ERR_DTYPE, "%s is %s; the CPU computes in f32 only", what, rf_dtype_name(dtype));
+}
+
+/* ---- gemm ---- */
+
+rf_status rf_gemm_check(const rf_gemm_args *a, rf_error *err) {
+    const char *op = "gemm";
+    TRY(given(op, a, err));
+    TRY(float_dtype(op, "dtype", a->dtype, err));
+    TRY(float_dtype(op, "y_dtype", a->y_dtype, err));
+    if (a->dtype == RF_DTYPE_F32 && a->y_dtype != RF_DTYPE_F32)
+        return rf_fail(err, RF_ERR_DTYPE, "%s: y_dtype is %s with f32 inputs, must be f32", op,
+                       rf_dtype_name(a->y_dtype));
+    TRY(size_from(op, "m", a->m, 0, err));
+    TRY(size_from(op, "n", a->n, 1, err));
+    TRY(size_from(op, "k", a->k, 1, err));
+    TRY(size_from(op, "num_batches", a->num_batches, 0, err));
+    TRY(size_from(op, "ldx", a->ldx, a->k, err));
+    TRY(size_from(op, "ldw", a->ldw, a->w_is_kn ? a->n : a->k, err));
+    TRY(size_from(op, "ldy", a->ldy, a->n, err));
+    TRY(stride_from(op, "x_batch_stride", a->x_batch_stride, 0, err));
+    TRY(stride_from(op, "w_batch_stride", a->w_batch_stride, 0, err));
+    TRY(stride_from(op, "y_batch_stride", a->y_batch_stride, a->num_batches > 1 ? a->n : 0, err));
+    TRY(enum_in(op, "act", (int)a->act, RF_ACT_SILU, err));
+    TRY(finite_value(op, "alpha", a->alpha, err));
+    return finite_value(op, "beta", a->beta, err);
+}
+
+rf_status rf_gemm_check_run(const rf_gemm_args *a, rf_error *err) {
+    const char *op = "gemm";
+    TRY(rf_gemm_check(a, err));
+    if (a->m == 0 || a->num_batches == 0) return RF_OK;
+    TRY(pointer(op, "x", a->x, err));
+    TRY(pointer(op, "w", a->w, err));
+    TRY(pointer(op, "y", a->y, err));
+    TRY(not_same(op, "y", a->y, "x", a->x, err));
+    TRY(not_same(op, "y", a->y, "w", a->w, err));
+    return not_same(op, "y", a->y, "bias", a->bias, err);
+}
+
+/* ---- attention ---- */
+
+rf_status rf_attention_check(const rf_attention_args *a, rf_error *err) {
+    const char *op = "attention";
+    TRY(given(op, a, err));
+    TRY(float_dtype(op, "dtype", a->dtype, err));
+    TRY(size_from(op, "batch", a->batch, 0, err));
+    TRY(size_in(op, "num_q_heads", a->num_q_heads, 1, 65535, err));
+    TRY(size_in(op, "num_kv_heads", a->num_kv_heads, 1, 65535, err));
+    TRY(size_in(op, "head_dim", a->head_dim, 1, 65536, err));
+    if (a->num_q_heads % a->num_kv_heads != 0)
+        return rf_fail(err, RF_ERR_SHAPE, "%s: num_q_heads is %d, not a multiple of num_kv_heads, %d", op,
+                       a->num_q_heads, a->num_kv_heads);
+    TRY(size_from(op, "q_len", a->q_len, 0, err));
+    TRY(size_from(op, "kv_len", a->kv_len, 0, err));
+    int64_t d = a->head_dim;
+    TRY(stride_from(op, "q_batch_stride", a->q_batch_stride, 0, err));
+    TRY(stride_from(op, "q_row_stride", a->q_row_stride, a->q_len > 1 ? d : 0, err));
+    TRY(stride_from(op, "q_head_stride", a->q_head_stride, a->num_q_heads > 1 ? d : 0, err));
+    TRY(stride_from(op, "kv_batch_stride", a->kv_batch_stride, 0, err));
+    TRY(stride_from(op, "kv_row_stride", a->kv_row_stride, a->kv_len > 1 ? d : 0, err));
+    TRY(stride_from(op, "kv_head_stride", a->kv_head_stride, a->num_kv_heads > 1 ? d : 0, err));
+    TRY(stride_from(op, "out_batch_stride", a->out_batch_stride, a->batch > 1 && a->q_len > 0 ? d : 0, err));
+    TRY(stride_from(op, "out_row_stride", a->out_row_stride, a->q_len > 1 ? d : 0, err));
+    TRY(stride_from(op, "out_head_stride", a->out_head_stride, a->num_q_heads > 1 ? d : 0, err));
+    TRY(stride_from(op, "q_batch_stride_rows", a->q_batch_stride_rows, 0, err));
+    TRY(stride_from(op, "kv_batch_stride_rows", a->kv_batch_stride_rows, 0, err));
+    TRY(finite_value(op, "softmax_scale", a->softmax_scale, err));
+    TRY(enum_in(op, "mask", (int)a->mask, RF_MASK_BLOCK_CAUSAL, err));
+    TRY(enum_in(op, "kernel", (int)a->kernel, RF_ATTENTION_WGMMA, err));
+    if (a->mask == RF_MASK_BLOCK_CAUSAL && a->causal_block < 1)
+        return rf_fail(err, RF_ERR_ARGUMENT, "%s: causal_block is %d, must be at least 1", op, (int)a->causal_block);
+    if (a->mask != RF_MASK_NONE && a->q_pos_offset < 0)
+        return rf_fail(err, RF_ERR_ARGUMENT, "%s: q_pos_offset is %d, must be at least 0", op, (int)a->q_pos_offset);
+    if (a->num_ranges < 0 || a->num_ranges > RF_MAX_KEY_RANGES)
+        return rf_fail(err, RF_ERR_ARGUMENT, "%s: num_ranges is %d, must be 0..%d", op, a->num_ranges,
+                       RF_MAX_KEY_RANGES);
+    if (a->num_ranges > 0 && (a->kv_rows || a->kv_lens))
+        return rf_fail(err, RF_ERR_ARGUMENT, "%s: key ranges exclude %s", op, a->kv_rows ? "kv_rows" : "kv_lens");
+    int64_t last_end = 0;
+    for (int i = 0; i < a->num_ranges; i++) {
+        rf_key_range r = a->ranges[i];
+        if (r.begin < last_end || r.end < r.begin || r.end > a->kv_len)
+            return rf_fail(err, RF_ERR_SHAPE,
+                           "%s: key range %d is [%d, %d), ranges must ascend without overlap inside [0, %lld)", op, i,
+                           (int)r.begin, (int)r.end, (long long)a->kv_len);
+        last_end = r.end;
+    }
+    return RF_OK;
+}
+
+rf_status rf_attention_check_run(const rf_attention_args *a, rf_error *err) {
+    const char *op = "attention";
+    TRY(rf_attention_check(a, err));
+    if (a->batch == 0 || a->q_len == 0) return RF_OK;
+    TRY(pointer(op, "q", a->q, err));
+    TRY(pointer(op, "out", a->out, err));
+    if (a->kv_len > 0) {
+        TRY(pointer(op, "k", a->k, err));
+        TRY(pointer(op, "v", a->v, err));
+    }
+    TRY(not_same(op, "out", a->out, "q", a->q, err));
+    TRY(not_same(op, "out", a->out, "k", a->k, err));
+    return not_same(op, "out", a->out, "v", a->v, err);
+}
+
+rf_status rf_attention_merge_check(const rf_attention_merge_args *a, rf_error *err) {
+    const char *op = "attention_merge";
+    TRY(given(op, a, err));
+    TRY(float_dtype(op, "dtype", a->dtype, err));
+    if (a->out_a_dtype != RF_DTYPE_F32 && a->out_a_dtype != a->dtype)
+        return rf_fail(err, RF_ERR_DTYPE, "%s: out_a_dtype is %s, must be f32 or dtype (%s)", op,
+                       rf_dtype_name(a->out_a_dtype), rf_dtype_name(a->dtype));
+    TRY(size_from(op, "rows", a->rows, 0, err));
+    TRY(size_in(op, "num_heads", a->num_heads, 1, 65535, err));
+    TRY(size_in(op, "head_dim", a->head_dim, 1, 65536, err));
+    return product_fits(op, "out", (int64_t[]){a->rows, a->num_heads, a->head_dim}, 3, err);
+}
+
+rf_status rf_attention_merge_check_run(const rf_attention_merge_args *a, rf_error *err) {
+    const char *op = "attention_merge";
+    TRY(rf_attention_merge_check(a, err));
+    if (a->rows == 0) return RF_OK;
+    TRY(pointer(op, "out_a", a->out_a, err));
+    TRY(pointer(op, "out_b", a->out_b, err));
+    TRY(pointer(op, "lse_a", a->lse_a, err));
+    TRY(pointer(op, "lse_b", a->lse_b, err));
+    TRY(pointer(op, "out", a->out, err));
+    TRY(not_same(op, "out", a->out, "out_b", a->out_b, err));
+    if (a->out_a_dtype != a->dtype) TRY(not_same(op, "out", a->out, "out_a of another dtype", a->out_a, err));
+    return not_same(op, "lse", a->lse, "lse_b", a->lse_b, err);
+}
+
+rf_status rf_softmax_check(const rf_softmax_args *a, rf_error *err) {
+    const char *op = "softmax";
+    TRY(given(op, a, err));
+    if (a->x_dtype != RF_DTYPE_F32)
+        return rf_fail(err, RF_ERR_DTYPE, "%s: x_dtype is %s, must be f32", op, rf_dtype_name(a->x_dtype));
+    TRY(float_dtype(op, "y_dtype", a->y_dtype, err));
+    TRY(size_from(op, "rows", a->rows, 0, err));
+    TRY(size_from(op, "cols", a->cols, 1, err));
+    return finite_value(op, "scale", a->scale, err);
+}
+
+rf_status rf_softmax_check_run(const rf_softmax_args *a, rf_error *err) {
+    const char *op = "softmax";
+    TRY(rf_softmax_check(a, err));
+    if (a->rows == 0) return RF_OK;
+    TRY(pointer(op, "x", a->x, err));
+    TRY(pointer(op, "y", a->y, err));
+    if (a->x_dtype != a->y_dtype) TRY(not_same(op, "y", a->y, "x of another dtype", a->x, err));
+    return RF_OK;
+}
+
+/* ---- norms ---- */
+
+/* A modulation table that serves the column offsets (each -1 or >= 0); without offsets nothing of it is used. */
+static rf_status modulation(const char *op, const char *name, const rf_modulation *mod, const int64_t *offsets,
+                            int num_offsets, int64_t cols, rf_error *err) {
+    bool used = false;
+    for (int i = 0; i < num_offsets; i++) {
+        if (offsets[i] < -1)
+            return rf_fail(err, RF_ERR_SHAPE, "%s: a column offset of %s is %lld, must be -1 or more", op, name,
+                           (long long)offsets[i]);
+        if (offsets[i] < 0) continue;
+        used = true;
+        if (offsets[i] > mod->stride - cols)
+            return rf_fail(err, RF_ERR_SHAPE, "%s: %s needs columns %lld..%lld, its stride is %lld", op, name,
+                           (long long)offsets[i], (long long)(offsets[i] + cols - 1), (long long)mod->stride);
+    }
+    if (!used) return RF_OK;
+    if (mod->rows_per_group < 1)
+        return rf_fail(err, RF_ERR_SHAPE, "%s: rows_per_group of %s is %lld, must be at least 1", op, name,
+                       (long long)mod->rows_per_group);
+    return float_dtype(op, name, mod->dtype, err);
+}
+
+rf_status rf_norm_check(const rf_norm_args *a, rf_error *err) {
+    const char *op = "norm";
+    TRY(given(op, a, err));
+    TRY(float_dtype(op, "x_dtype", a->x_dtype, err));
+    TRY(float_dtype(op, "y_dtype", a->y_dtype, err));
+    TRY(size_from(op, "num_rows", a->num_rows, 0, err));
+    TRY(size_in(op, "cols", a->cols, 1, 16384, err));
+    TRY(enum_in(op, "kind", (int)a->kind, RF_NORM_RMS, err));
+    TRY(eps_value(op, a->eps, err));
+    return modulation(op, "mod", &a->mod, (int64_t[]){a->shift, a->scale}, 2, a->cols, err);
+}
+
+rf_status rf_norm_check_run(const rf_norm_args *a, rf_error *err) {
+    const char *op = "norm";
+    TRY(rf_norm_check(a, err));
+    if (a->num_rows == 0) return RF_OK;
+    TRY(pointer(op, "x", a->x, err));
+    TRY(pointer(op, "y", a->y, err));
+    if (a->shift >= 0 || a->scale >= 0) TRY(pointer(op, "mod.table", a->mod.table, err));
+    if (a->rows) return not_same(op, "y of listed rows", a->y, "x", a->x, err);
+    if (a->x_dtype != a->y_dtype) return not_same(op, "y", a->y, "x of another dtype", a->x, err);
+    return RF_OK;
+}
+
+rf_status rf_residual_check(const rf_residual_args *a, rf_error *err) {
+    const char *op = "residual";
+    TRY(given(op, a, err));
+    TRY(float_dtype(op, "x_dtype", a->x_dtype, err));
+    TRY(float_dtype(op, "y_dtype", a->y_dtype, err));
+    TRY(size_from(op, "num_rows", a->num_rows, 0, err));
+    TRY(size_in(op, "cols", a->cols, 1, 16384, err));
+    TRY(size_in(op, "num_terms", a->num_terms, 0, RF_MAX_TERMS, err));
+    if (a->base) {
+        TRY(float_dtype(op, "base_dtype", a->base_dtype, err));
+        TRY(size_from(op, "base_period", a->base_period, 1, err));
+    }
+    TRY(modulation(op, "gate_mod", &a->gate_mod, &a->gate, 1, a->cols, err));
+    if (!a->norm_y) return RF_OK;
+    TRY(float_dtype(op, "norm_y_dtype", a->norm_y_dtype, err));
+    TRY(enum_in(op, "norm_kind", (int)a->norm_kind, RF_NORM_RMS, err));
+    TRY(eps_value(op, a->norm_eps, err));
+    return modulation(op, "norm_mod", &a->norm_mod, (int64_t[]){a->norm_shift, a->norm_scale}, 2, a->cols, err);
+}
+
+rf_status rf_residual_check_run(const rf_residual_args *a, rf_error *err) {
+    const char *op = "residual";
+    TRY(rf_residual_check(a, err));
+    if (a->num_rows == 0) return RF_OK;
+    TRY(pointer(op, "x", a->x, err));
+    for (int t = 0; t < a->num_terms; t++) {
+        TRY(pointer(op, "a term", a->terms[t], err));
+        TRY(not_same(op, "x", a->x, "a term", a->terms[t], err));
+    }
+    if (a->gate >= 0) TRY(pointer(op, "gate_mod.table", a->gate_mod.table, err));
+    if (!a->norm_y) return RF_OK;
+    TRY(not_same(op, "norm_y", a->norm_y, "x", a->x, err));
+    if (a->norm_shift >= 0 || a->norm_scale >= 0) TRY(pointer(op, "norm_mod.table", a->norm_mod.table, err));
+    return RF_OK;
+}
+
+rf_status rf_group_norm_check(const rf_group_norm_args *a, rf_error *err) {
+    const char *op = "group_norm";
+    TRY(given(op, a, err));
+    TRY(float_dtype(op, "dtype", a->dtype, err));
+    TRY(size_from(op, "batch", a->batch, 0, err));
+    TRY(size_from(op, "pixels", a->pixels, 0, err));
+    TRY(size_from(op, "channels", a->channels, 1, err));
+    TRY(size_in(op, "num_groups", a->num_groups, 1, a->channels, err));
+    if (a->channels % a->num_groups != 0)
+        return rf_fail(err, RF_ERR_SHAPE, "%s: channels is %lld, not a multiple of num_groups, %d", op,
+                       (long long)a->channels, a->num_groups);
+    TRY(product_fits(op, "x", (int64_t[]){a->batch, a->pixels, a->channels}, 3, err));
+    return eps_value(op, a->eps, err);
+}
+
+rf_status rf_group_norm_check_run(const rf_group_norm_args *a, rf_error *err) {
+    const char *op = "group_norm";
+    TRY(rf_group_norm_check(a, err));
+    if (a->batch == 0 || a->pixels == 0) return RF_OK;
+    TRY(pointer(op, "x", a->x, err));
+    TRY(pointer(op, "y", a->y, err));
+    TRY(pointer(op, "weight", a->weight, err));
+    return pointer(op, "bias", a->bias, err);
+}
+
+/* ---- elementwise ---- */
+
+rf_status rf_timestep_embed_check(const rf_timestep_embed_args *a, rf_error *err) {
+    const char *op = "timestep_embed";
+    TRY(given(op, a, err));
+    TRY(float_dtype(op, "dtype", a->dtype, err));
+    TRY(size_from(op, "num", a->num, 0, err));
+    TRY(size_from(op, "dim", a->dim, 2, err));
+    if (a->dim % 2 != 0) return rf_fail(err, RF_ERR_SHAPE, "%s: dim is %lld, must be even", op, (long long)a->dim);
+    if (!(isfinite(a->max_period) && a->max_period > 0))
+        return rf_fail(err, RF_ERR_ARGUMENT, "%s: max_period is %g, must be positive", op, (double)a->max_period);
+    if (!(isfinite(a->freq_shift) && (double)a->freq_shift < (double)(a->dim / 2)))
+        return rf_fail(err, RF_ERR_ARGUMENT, "%s: freq_shift is %g, must be below dim / 2", op, (double)a->freq_shift);
+    return RF_OK;
+}
+
+rf_status rf_timestep_embed_check_run(const rf_timestep_embed_args *a, rf_error *err) {
+    const char *op = "timestep_embed";
+    TRY(rf_timestep_embed_check(a, err));
+    if (a->num == 0) return RF_OK;
+    TRY(pointer(op, "t", a->t, err));
+    return pointer(op, "out", a->out, err);
+}
+
+rf_status rf_elementwise_check(const rf_elementwise_args *a, rf_error *err) {
+    const char *op = "elementwise";
+    TRY(given(op, a, err));
+    TRY(float_dtype(op, "x_dtype", a->x_dtype, err));
+    TRY(float_dtype(op, "y_dtype", a->y_dtype, err));
+    TRY(size_from(op, "rows", a->rows, 0, err));
+    TRY(size_from(op, "cols", a->cols, 1, err));
+    TRY(enum_in(op, "act", (int)a->act, RF_ACT_SILU, err));
+    TRY(finite_value(op, "x_scale", a->x_scale, err));
+    TRY(finite_value(op, "x_shift", a->x_shift, err));
+    if (a->planar_to_last && a->last_to_planar)
+        return rf_fail(err, RF_ERR_ARGUMENT, "%s: planar_to_last and last_to_planar exclude each other", op);
+    if (a->planar_to_last || a->last_to_planar) {
+        if (a->add) return rf_fail(err, RF_ERR_ARGUMENT, "%s: a layout change takes no add", op);
+        TRY(size_in(op, "channels", a->channels, 1, a->cols, err));
+        if (a->cols % a->channels != 0)
+            return rf_fail(err, RF_ERR_SHAPE, "%s: cols is %lld, not a multiple of channels, %lld", op,
+                           (long long)a->cols, (long long)a->channels);
+        rf_dtype planar = a->planar_to_last ? a->x_dtype : a->y_dtype;
+        if (planar != RF_DTYPE_F32)
+            return rf_fail(err, RF_ERR_DTYPE, "%s: the planar side is %s, must be f32", op, rf_dtype_name(planar));
+        return RF_OK;
+    }
+    if (a->add) {
+        TRY(float_dtype(op, "add_dtype", a->add_dtype, err));
+        TRY(size_from(op, "add_period", a->add_period, 1, err));
+    }
+    return RF_OK;
+}
+
+rf_status rf_elementwise_check_run(const rf_elementwise_args *a, rf_error *err) {
+    const char *op = "elementwise";
+    TRY(rf_elementwise_check(a, err));
+    if (a->rows == 0) return RF_OK;
+    TRY(pointer(op, "x", a->x, err));
+    TRY(pointer(op, "y", a->y, err));
+    if (a->planar_to_last || a->last_to_planar) return not_same(op, "y of another layout", a->y, "x", a->x, err);
+    if (a->x_dtype != a->y_dtype) return not_same(op, "y", a->y, "x of another dtype", a->x, err);
+    return RF_OK;
+}
+
+/* Latent sizes and the patch that divides them. */
+static rf_status patch_grid(const char *op, int64_t frames, int64_t height, int64_t width, int pt, int ph, int pw,
+                            rf_error *err) {
+    TRY(size_from(op, "frames", frames, 1, err));
+    TRY(size_from(op, "height", height, 1, err));
+    TRY(size_from(op, "width", width, 1, err));
+    TRY(size_from(op, "pt", pt, 1, err));
+    TRY(size_from(op, "ph", ph, 1, err));
+    TRY(size_from(op, "pw", pw, 1, err));
+    if (frames % pt == 0 && height % ph == 0 && width % pw == 0) return RF_OK;
+    return rf_fail(err, RF_ERR_SHAPE, "%s: a latent of %lld x %lld x %lld does not divide into patches of %d x %d x %d",
+                   op, (long long)frames, (long long)height, (long long)width, pt, ph, pw);
+}
+
+rf_status rf_patchify_check(const rf_patchify_args *a, rf_error *err) {
+    const char *op = "patchify";
+    TRY(given(op, a, err));
+    TRY(float_dtype(op, "dtype", a->dtype, err));
+    TRY(size_from(op, "batch", a->batch, 0, err));
+    TRY(size_from(op, "branches", a->branches, 1, err));
+    TRY(size_from(op, "channels", a->channels, 1, err));
+    TRY(patch_grid(op, a->frames, a->height, a->width, a->pt, a->ph, a->pw, err));
+    TRY(stride_from(op, "scale_stride", a->scale_stride, 0, err));
+    return product_fits(op, "out", (int64_t[]){a->branches, a->batch, a->channels, a->frames, a->height, a->width}, 6,
+                        err);
+}
+
+rf_status rf_patchify_check_run(const rf_patchify_args *a, rf_error *err) {
+    const char *op = "patchify";
+    TRY(rf_patchify_check(a, err));
+    if (a->batch == 0) return RF_OK;
+    TRY(pointer(op, "latent", a->latent, err));
+    return pointer(op, "out", a->out, err);
+}
+
+/* ---- convolution ---- */
+
+int64_t rf_conv2d_out_size(const rf_conv2d_args *a, int64_t in_size) {
+    int64_t padded = in_size * (a->upsample ? 2 : 1) + a->pad_before + a->pad_after;
+    if (padded < a->kernel || a->stride < 1) return 0;
+    return (padded - a->kernel) / a->stride + 1;
+}
+
+rf_status rf_conv2d_check(const rf_conv2d_args *a, rf_error *err) {
+    const char *op = "conv2d";
+    TRY(given(op, a, err));
+    TRY(float_dtype(op, "dtype", a->dtype, err));
+    TRY(size_from(op, "batch", a->batch, 0, err));
+    TRY(size_in(op, "height", a->height, 1, 1 << 24, err));
+    TRY(size_in(op, "width", a->width, 1, 1 << 24, err));
+    TRY(size_in(op, "in_channels", a->in_channels, 1, INT32_MAX / 9, err)); /* kernel^2 * in_channels is a GEMM's k */
+    TRY(size_from(op, "out_channels", a->out_channels, 1, err));
+    if (a->kernel != 1 && a->kernel != 3)
+        return rf_fail(err, RF_ERR_SHAPE, "%s: kernel is %d, must be 1 or 3", op, a->kernel);
+    TRY(size_in(op, "stride", a->stride, 1, 2, err));
+    TRY(size_in(op, "pad_before", a->pad_before, 0, a->kernel - 1, err));
+    TRY(size_in(op, "pad_after", a->pad_after, 0, a->kernel - 1, err));
+    int64_t out_h = rf_conv2d_out_size(a, a->height), out_w = rf_conv2d_out_size(a, a->width);
+    if (out_h < 1 || out_w < 1)
+        return rf_fail(err, RF_ERR_SHAPE, "%s: %lld x %lld pixels are too few for kernel %d with padding %d + %d", op,
+                       (long long)a->height, (long long)a->width, a->kernel, a->pad_before, a->pad_after);
+    TRY(product_fits(op, "x", (int64_t[]){a->batch, a->height, a->width, a->in_channels}, 4, err));
+    return product_fits(op, "y", (int64_t[]){a->batch, out_h, out_w, a->out_channels}, 4, err);
+}
+
+rf_status rf_conv2d_check_run(const rf_conv2d_args *a, rf_error *err) {
+    const char *op = "conv2d";
+    TRY(rf_conv2d_check(a, err));
+    if (a->batch == 0) return RF_OK;
+    TRY(pointer(op, "x", a->x, err));
+    TRY(pointer(op, "w", a->w, err));
+    TRY(pointer(op, "y", a->y, err));
+    TRY(not_same(op, "y", a->y, "x", a->x, err));
+    return not_same(op, "y", a->y, "w", a->w, err);
+}
+
+rf_status rf_upsample2x_check(const rf_upsample2x_args *a, rf_error *err) {
+    const char *op = "upsample2x";
+    TRY(given(op, a, err));
+    TRY(float_dtype(op, "dtype", a->dtype, err));
+    TRY(size_from(op, "batch", a->batch, 0, err));
+    TRY(size_in(op, "height", a->height, 1, 1 << 24, err));
+    TRY(size_in(op, "width", a->width, 1, 1 << 24, err));
+    TRY(size_from(op, "channels", a->channels, 1, err));
+    return product_fits(op, "y", (int64_t[]){a->batch, 2 * a->height, 2 * a->width, a->channels}, 4, err);
+}
+
+rf_status rf_upsample2x_check_run(const rf_upsample2x_args *a, rf_error *err) {
+    const char *op = "upsample2x";
+    TRY(rf_upsample2x_check(a, err));
+    if (a->batch == 0) return RF_OK;
+    TRY(pointer(op, "x", a->x, err));
+    TRY(pointer(op, "y", a->y, err));
+    return not_same(op, "y", a->y, "x", a->x, err);
+}
+
+/* ---- rows and statistics ---- */
+
+rf_status rf_rows_check(const rf_rows_args *a, rf_error *err) {
+    const char *op = "rows";
+    TRY(given(op, a, err));
+    TRY(float_dtype(op, "dtype", a->dtype, err));
+    TRY(size_from(op, "num_rows", a->num_rows, 0, err));
+    return size_from(op, "cols", a->cols, 1, err);
+}
+
+rf_status rf_rows_check_run(const rf_rows_args *a, rf_error *err) {
+    const char *op = "rows";
+    TRY(rf_rows_check(a, err));
+    if (a->num_rows == 0) return RF_OK;
+    TRY(pointer(op, "src", a->src, err));
+    TRY(pointer(op, "dst", a->dst, err));
+    TRY(pointer(op, "rows", a->rows, err));
+    return not_same(op, "dst", a->dst, "src", a->src, err);
+}
+
+rf_status rf_reduce_pair_check(const rf_reduce_pair_args *a, rf_error *err) {
+    const char *op = "reduce_pair";
+    TRY(given(op, a, err));
+    TRY(float_dtype(op, "dtype", a->dtype, err));
+    TRY(size_from(op, "groups", a->groups, 0, err));
+    TRY(size_from(op, "rows", a->rows, 0, err));
+    TRY(size_from(op, "cols", a->cols, 1, err));
+    return product_fits(op, "a", (int64_t[]){a->groups, a->rows, a->cols}, 3, err);
+}
+
+rf_status rf_reduce_pair_check_run(const rf_reduce_pair_args *a, rf_error *err) {
+    const char *op = "reduce_pair";
+    TRY(rf_reduce_pair_check(a, err));
+    if (a->groups == 0) return RF_OK;
+    if (a->rows > 0) TRY(pointer(op, "a", a->a, err));
+    return pointer(op, "out", a->out, err);
+}
+
+/* ---- sampler ---- */
+
+rf_status rf_sampler_step_check(const rf_sampler_step_args *a, rf_error *err) {
+    const char *op = "sampler_step";
+    TRY(given(op, a, err));
+    TRY(float_dtype(op, "model_dtype", a->model_dtype, err));
+    TRY(size_from(op, "batch", a->batch, 0, err));
+    TRY(size_in(op, "branches", a->branches, 1, 2, err));
+    TRY(size_in(op, "channels", a->channels, 1, INT32_MAX / 2, err));
+    if (a->out_channels != a->channels && a->out_channels != 2 * a->channels)
+        return rf_fail(err, RF_ERR_SHAPE, "%s: out_channels is %lld, must be %lld or %lld", op,
+                       (long long)a->out_channels, (long long)a->channels, (long long)(2 * a->channels));
+    if (a->learned_variance && a->out_channels != 2 * a->channels)
+        return rf_fail(err, RF_ERR_SHAPE, "%s: a learned variance needs out_channels %lld, has %lld", op,
+                       (long long)(2 * a->channels), (long long)a->out_channels);
+    TRY(patch_grid(op, a->frames, a->height, a->width, a->pt, a->ph, a->pw, err));
+    TRY(size_in(op, "guided_channels", a->guided_channels, 0, a->channels, err));
+    TRY(finite_value(op, "guidance_scale", a->guidance_scale, err));
+    return product_fits(op, "model_out",
+                        (int64_t[]){a->branches, a->batch, a->out_channels, a->frames, a->height, a->width}, 6, err);
+}
+
+rf_status rf_sampler_step_check_run(const rf_sampler_step_args *a, rf_error *err) {
+    const char *op = "sampler_step";
+    TRY(rf_sampler_step_check(a, err));
+    if (a->batch == 0) return RF_OK;
+    TRY(pointer(op, "model_out", a->model_out, err));
+    TRY(pointer(op, "x", a->x, err));
+    TRY(pointer(op, "x0_prev", a->x0_prev, err));
+    TRY(pointer(op, "coefs", a->coefs, err));
+    return pointer(op, "step", a->step, err);
+}
+
+rf_status rf_step_advance_check(const rf_step_advance_args *a, rf_error *err) {
+    const char *op = "step_advance";
+    TRY(given(op, a, err));
+    TRY(size_from(op, "num_groups", a->num_groups, 0, err));
+    TRY(size_from(op, "rows_per_step", a->rows_per_step, 0, err));
+    return size_from(op, "steps_per_chunk", a->steps_per_chunk, 1, err);
+}
+
+rf_status rf_step_advance_check_run(const rf_step_advance_args *a, rf_error *err) {
+    const char *op = "step_advance";
+    TRY(rf_step_advance_check(a, err));
+    TRY(pointer(op, "step", a->step, err));
+    if (a->num_groups == 0) return RF_OK;
+    TRY(pointer(op, "slots", a->slots, err));
+    return pointer(op, "mod_index", a->mod_index, err);
+}
+
+rf_status rf_fill_normal_check(const rf_fill_normal_args *a, rf_error *err) {
+    const char *op = "fill_normal";
+    TRY(given(op, a, err));
+    TRY(float_dtype(op, "dtype", a->dtype, err));
+    if (a->num < 0 || a->num > INT64_MAX / 8)
+        return rf_fail(err, RF_ERR_SHAPE, "%s: num is %lld, must be at least 0", op, (long long)a->num);
+    TRY(finite_value(op, "mean", a->mean, err));
+    return finite_value(op, "std", a->std, err);
+}
+
+rf_status rf_fill_normal_check_run(const rf_fill_normal_args *a, rf_error *err) {
+    TRY(rf_fill_normal_check(a, err));
+    if (a->num == 0) return RF_OK;
+    return pointer("fill_normal", "out", a->out, err);
+}

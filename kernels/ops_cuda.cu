@@ -1,0 +1,28 @@
+/* kernels/ops_cuda.cu - the CUDA table. */
+#include "kernels/ops_cuda.h"
+
+static const rf_ops cuda_table = {
+    /* name */ "cuda",
+    rf_gemm_cuda,
+    rf_attention_cuda,
+    rf_attention_workspace_cuda,
+    rf_attention_merge_cuda,
+    rf_softmax_cuda,
+    rf_norm_cuda,
+    rf_residual_cuda,
+    rf_group_norm_cuda,
+    rf_timestep_embed_cuda,
+    rf_elementwise_cuda,
+    rf_patchify_cuda,
+    rf_conv2d_cuda,
+    rf_conv2d_workspace_cuda,
+    rf_upsample2x_cuda,
+    rf_gather_rows_cuda,
+    rf_scatter_rows_cuda,
+    rf_reduce_pair_cuda,
+    rf_sampler_step_cuda,
+    rf_step_advance_cuda,
+    rf_fill_normal_cuda,
+};
+
+extern "C" const rf_ops *rf_ops_cuda(void) { return &cuda_table; }

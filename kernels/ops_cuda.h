@@ -1,0 +1,51 @@
+/* kernels/ops_cuda.h - the CUDA operators, one function per row of the table in kernels/ops.h (kernels/ops_cuda.cu).
+ *
+ * Private to kernels/: callers go through rf_ops_cuda(). Every function checks its arguments with rf_<op>_check
+ * (kernels/checks.h), returns there if stream is NULL, and otherwise queues work on the stream and nothing else. */
+#ifndef RF_KERNELS_OPS_CUDA_H
+#define RF_KERNELS_OPS_CUDA_H
+
+#include "kernels/ops.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* gemm.cu */
+rf_status rf_gemm_cuda(rf_stream *stream, const rf_gemm_args *args, rf_error *err);
+
+/* conv.cu, group_norm.cu */
+rf_status rf_conv2d_cuda(rf_stream *stream, const rf_conv2d_args *args, rf_error *err);
+size_t rf_conv2d_workspace_cuda(rf_backend *backend, const rf_conv2d_args *args);
+rf_status rf_group_norm_cuda(rf_stream *stream, const rf_group_norm_args *args, rf_error *err);
+rf_status rf_upsample2x_cuda(rf_stream *stream, const rf_upsample2x_args *args, rf_error *err);
+
+/* attention.cu: chooser and entry; attention_mma.cu, attention_f32.cu, attention_wgmma.cu: kernels */
+rf_status rf_attention_cuda(rf_stream *stream, const rf_attention_args *args, rf_error *err);
+size_t rf_attention_workspace_cuda(rf_backend *backend, const rf_attention_args *args);
+rf_status rf_attention_merge_cuda(rf_stream *stream, const rf_attention_merge_args *args, rf_error *err);
+rf_status rf_softmax_cuda(rf_stream *stream, const rf_softmax_args *args, rf_error *err);
+
+/* norm.cu */
+rf_status rf_norm_cuda(rf_stream *stream, const rf_norm_args *args, rf_error *err);
+rf_status rf_residual_cuda(rf_stream *stream, const rf_residual_args *args, rf_error *err);
+
+/* elementwise.cu */
+rf_status rf_timestep_embed_cuda(rf_stream *stream, const rf_timestep_embed_args *args, rf_error *err);
+rf_status rf_elementwise_cuda(rf_stream *stream, const rf_elementwise_args *args, rf_error *err);
+rf_status rf_patchify_cuda(rf_stream *stream, const rf_patchify_args *args, rf_error *err);
+
+/* rows.cu, reduce.cu */
+rf_status rf_gather_rows_cuda(rf_stream *stream, const rf_rows_args *args, rf_error *err);
+rf_status rf_scatter_rows_cuda(rf_stream *stream, const rf_rows_args *args, rf_error *err);
+rf_status rf_reduce_pair_cuda(rf_stream *stream, const rf_reduce_pair_args *args, rf_error *err);
+
+/* sampler.cu */
+rf_status rf_sampler_step_cuda(rf_stream *stream, const rf_sampler_step_args *args, rf_error *err);
+rf_status rf_step_advance_cuda(rf_stream *stream, const rf_step_advance_args *args, rf_error *err);
+rf_status rf_fill_normal_cuda(rf_stream *stream, const rf_fill_normal_args *args, rf_error *err);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,24 @@
+/* kernels/rows.h - packed copies of listed rows.
+ *   gather   dst[i] = src[rows[i]]      scatter  dst[rows[i]] = src[i]   (rows without duplicates for scatter)
+ *   rows device int32 [num_rows]; cols elements of dtype per row; dst may not alias src. */
+#ifndef RF_KERNELS_ROWS_H
+#define RF_KERNELS_ROWS_H
+
+#include "core/backend.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef struct {
+    const void *src;
+    void *dst;
+    const int32_t *rows;
+    rf_dtype dtype;
+    int64_t num_rows, cols;
+} rf_rows_args;
+
+#ifdef __cplusplus
+}
+#endif
+#endif

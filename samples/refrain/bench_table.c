@@ -1,0 +1,129 @@
+/* samples/refrain/bench_table.c */
+#include "samples/refrain/bench_table.h"
+
+#include <inttypes.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+#include "samples/refrain/report.h"
+
+static int compare_doubles(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+void bench_row_set_times(bench_row *row, double *times_ms, int num_times) {
+    qsort(times_ms, (size_t)num_times, sizeof *times_ms, compare_doubles);
+    double sum = 0, squares = 0;
+    for (int i = 0; i < num_times; i++) sum += times_ms[i];
+    row->mean_ms = sum / num_times;
+    for (int i = 0; i < num_times; i++) squares += (times_ms[i] - row->mean_ms) * (times_ms[i] - row->mean_ms);
+    row->sd_ms = num_times > 1 ? sqrt(squares / (num_times - 1)) : 0;
+    row->min_ms = times_ms[0];
+    row->median_ms = 0.5 * (times_ms[(num_times - 1) / 2] + times_ms[num_times / 2]);
+    row->num_runs = num_times;
+}
+
+/* A number, or "-" for one that does not apply. */
+static void cell(char out[24], int decimals, double value) {
+    if (value > 0) {
+        snprintf(out, 24, "%.*f", decimals, value);
+    } else {
+        snprintf(out, 24, "-");
+    }
+}
+
+static void print_md(const bench_row *rows, int num_rows) {
+    printf("| model | params | device | dtype | what | batch | size | median ms | mean ± sd | min | TFLOP/s | img/s | "
+           "floor ms |\n");
+    printf("|---|---|---|---|---|---|---|---|---|---|---|---|---|\n");
+    for (int i = 0; i < num_rows; i++) {
+        const bench_row *r = &rows[i];
+        char what[64], rate[24], images[24], least[24];
+        snprintf(what, sizeof what, "%s", r->what);
+        if (r->num_steps > 0) snprintf(what, sizeof what, "%s, %d steps", r->what, r->num_steps);
+        cell(rate, r->tflops < 10 ? 3 : 1, r->tflops);
+        cell(images, 2, r->images_per_s);
+        cell(least, 3, r->floor_ms);
+        printf("| %s | %.1f M | %s | %s | %s | %d | %s | %.3f | %.3f ± %.3f | %.3f | %s | %s | %s |\n", r->model,
+               (double)r->num_params / 1e6, r->device, r->dtype, what, r->batch, r->size, r->median_ms, r->mean_ms,
+               r->sd_ms, r->min_ms, rate, images, least);
+    }
+}
+
+/* A field in quotes where it needs them. */
+static void print_csv_text(const char *text) {
+    putchar('"');
+    for (const char *c = text; *c; c++) {
+        if (*c == '"') putchar('"');
+        putchar(*c);
+    }
+    printf("\",");
+}
+
+static void print_csv(const bench_row *rows, int num_rows) {
+    printf("model,params,device,dtype,what,steps,batch,size,runs,median_ms,mean_ms,sd_ms,min_ms,tflops,images_per_s,"
+           "floor_ms\n");
+    for (int i = 0; i < num_rows; i++) {
+        const bench_row *r = &rows[i];
+        print_csv_text(r->model);
+        printf("%" PRId64 ",", r->num_params);
+        print_csv_text(r->device);
+        printf("%s,%s,%d,%d,%s,%d,%.6f,%.6f,%.6f,%.6f,%.4f,", r->dtype, r->what, r->num_steps, r->batch, r->size,
+               r->num_runs, r->median_ms, r->mean_ms, r->sd_ms, r->min_ms, r->tflops);
+        if (r->images_per_s > 0) printf("%.4f", r->images_per_s);
+        putchar(',');
+        if (r->floor_ms > 0) printf("%.6f", r->floor_ms);
+        putchar('\n');
+    }
+}
+
+static cJSON *row_json(const bench_row *r) {
+    cJSON *o = cJSON_CreateObject();
+    cJSON_AddStringToObject(o, "model", r->model);
+    cJSON_AddNumberToObject(o, "params", (double)r->num_params);
+    cJSON_AddStringToObject(o, "device", r->device);
+    cJSON_AddStringToObject(o, "dtype", r->dtype);
+    cJSON_AddStringToObject(o, "what", r->what);
+    if (r->num_steps > 0) cJSON_AddNumberToObject(o, "steps", r->num_steps);
+    cJSON_AddNumberToObject(o, "batch", r->batch);
+    cJSON_AddStringToObject(o, "size", r->size);
+    cJSON_AddNumberToObject(o, "runs", r->num_runs);
+    cJSON_AddNumberToObject(o, "median_ms", r->median_ms);
+    cJSON_AddNumberToObject(o, "mean_ms", r->mean_ms);
+    cJSON_AddNumberToObject(o, "sd_ms", r->sd_ms);
+    cJSON_AddNumberToObject(o, "min_ms", r->min_ms);
+    cJSON_AddNumberToObject(o, "tflops", r->tflops);
+    if (r->images_per_s > 0) cJSON_AddNumberToObject(o, "images_per_s", r->images_per_s);
+    if (r->floor_ms > 0) cJSON_AddNumberToObject(o, "floor_ms", r->floor_ms);
+    return o;
+}
+
+static rf_status print_jsonl(const bench_row *rows, int num_rows, rf_error *err) {
+    for (int i = 0; i < num_rows; i++) {
+        cJSON *o = row_json(&rows[i]);
+        char *text = cJSON_PrintUnformatted(o);
+        cJSON_Delete(o);
+        if (!text) return rf_fail(err, RF_ERR_MEMORY, "no memory for the JSON output");
+        puts(text);
+        cJSON_free(text);
+    }
+    return RF_OK;
+}
+
+static rf_status print_json(const bench_row *rows, int num_rows, rf_error *err) {
+    cJSON *root = cJSON_CreateArray();
+    for (int i = 0; i < num_rows; i++) cJSON_AddItemToArray(root, row_json(&rows[i]));
+    return report_print_json(root, err);
+}
+
+rf_status bench_print(const bench_row *rows, int num_rows, bench_format format, rf_error *err) {
+    switch (format) {
+    case BENCH_MD: print_md(rows, num_rows); return RF_OK;
+    case BENCH_CSV: print_csv(rows, num_rows); return RF_OK;
+    case BENCH_JSON: return print_json(rows, num_rows, err);
+    case BENCH_JSONL: return print_jsonl(rows, num_rows, err);
+    }
+    return rf_fail(err, RF_ERR_ARGUMENT, "unknown output format %d", (int)format);
+}

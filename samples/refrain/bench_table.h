@@ -1,0 +1,27 @@
+/* samples/refrain/bench_table.h - timings to numbers, and numbers to a table (md, csv, json, jsonl). */
+#ifndef REFRAIN_BENCH_TABLE_H
+#define REFRAIN_BENCH_TABLE_H
+
+#include "core/status.h"
+
+typedef struct {
+    const char *model, *device, *dtype, *what, *size;
+    int64_t num_params;
+    int batch;     /* rows of a forward, or pictures of a run */
+    int num_steps; /* 0 for a forward */
+    int num_runs;
+    double median_ms, mean_ms, sd_ms, min_ms;
+    double tflops;       /* of the transformer's matrix work at the median */
+    double images_per_s; /* 0: not an image benchmark */
+    double floor_ms;     /* 0: not measured */
+} bench_row;
+
+/* Fills num_runs, median, mean, sd and min from times (sorted in place). */
+void bench_row_set_times(bench_row *row, double *times_ms, int num_times);
+
+typedef enum { BENCH_MD = 0, BENCH_CSV, BENCH_JSON, BENCH_JSONL } bench_format;
+
+/* All rows on standard output. RF_ERR_MEMORY. */
+rf_status bench_print(const bench_row *rows, int num_rows, bench_format format, rf_error *err);
+
+#endif

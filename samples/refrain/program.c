@@ -1,0 +1,202 @@
+/* samples/refrain/program.c - messages, cancelling, and finding things. The environment is read here and nowhere else. */
+#include "samples/refrain/program.h"
+
+#include <errno.h>
+#include <limits.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "core/file.h"
+#include "core/memory.h"
+
+#define SAMPLE_MODEL "objects"
+
+static void say_line(const char *prefix, const char *format, va_list args) {
+    char line[1024];
+    vsnprintf(line, sizeof line, format, args);
+    for (char *c = line; *c; c++) {
+        if ((unsigned char)*c < 32 || *c == 127) *c = '?';
+    }
+    fprintf(stderr, "refrain: %s%s\n", prefix, line);
+}
+
+void say_error(const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    say_line("", format, args);
+    va_end(args);
+}
+
+void say(const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    say_line("", format, args);
+    va_end(args);
+}
+
+void print_clean(const char *text) {
+    for (const char *c = text; *c; c++) {
+        bool control = ((unsigned char)*c < 32 && *c != '\n' && *c != '\t') || *c == 127;
+        putchar(control ? '?' : *c);
+    }
+}
+
+int fail_with(const rf_error *err) {
+    say_error("%s", err->message);
+    if (err->status == RF_ERR_ARGUMENT) return EXIT_USAGE;
+    if (err->status == RF_ERR_CANCELLED) return EXIT_CANCELLED;
+    return EXIT_FAILED;
+}
+
+static void log_to_stderr(void *user, rf_log_level level, const char *line) {
+    (void)user;
+    say("%s%s", level == RF_LOG_WARN ? "warning: " : "", line);
+}
+
+rf_log program_log(int verbosity) {
+    rf_log log = {.write = log_to_stderr, .user = NULL, .level = RF_LOG_WARN};
+    if (verbosity < 0) log.level = RF_LOG_ERROR;
+    if (verbosity == 1) log.level = RF_LOG_INFO;
+    if (verbosity > 1) log.level = RF_LOG_DEBUG;
+    return log;
+}
+
+static volatile sig_atomic_t cancel_flag;
+
+static void on_cancel(int signal_number) {
+    (void)signal_number;
+    cancel_flag = 1;
+}
+
+void cancel_install(void) {
+    struct sigaction action;
+    memset(&action, 0, sizeof action);
+    action.sa_handler = on_cancel;
+    action.sa_flags = SA_RESTART | (int)SA_RESETHAND;
+    sigemptyset(&action.sa_mask);
+    sigaction(SIGINT, &action, NULL);
+    sigaction(SIGTERM, &action, NULL);
+}
+
+bool cancel_requested(void) {
+    return cancel_flag != 0;
+}
+
+double now_ms(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec * 1e3 + (double)t.tv_nsec * 1e-6;
+}
+
+int finish_stdout(int exit_status) {
+    if (fflush(stdout) != 0 || ferror(stdout)) {
+        say_error("standard output: cannot write: %s", strerror(errno));
+        return exit_status == EXIT_OK ? EXIT_FAILED : exit_status;
+    }
+    return exit_status;
+}
+
+rf_status dtype_for(rf_dtype *out, const char *name, const rf_backend *backend, rf_error *err) {
+    if (strcmp(name, "auto") == 0) {
+        *out = rf_backend_get_kind(backend) == RF_BACKEND_CUDA ? RF_DTYPE_BF16 : RF_DTYPE_F32;
+        return RF_OK;
+    }
+    if (!rf_dtype_from_name(name, out) || (*out != RF_DTYPE_F32 && *out != RF_DTYPE_BF16)) {
+        return rf_fail(err, RF_ERR_ARGUMENT, "--dtype: expected auto, f32 or bf16, found %s", name);
+    }
+    if (*out == RF_DTYPE_BF16 && rf_backend_get_kind(backend) == RF_BACKEND_CPU) {
+        return rf_fail(err, RF_ERR_ARGUMENT, "--dtype bf16 needs a CUDA device; %s computes in f32",
+                       rf_backend_name(backend));
+    }
+    return RF_OK;
+}
+
+/* "<folder of the program>/<relative>", or NULL. */
+static char *beside_program(const char *relative) {
+    char exe[PATH_MAX];
+    ssize_t len = readlink("/proc/self/exe", exe, sizeof exe - 1);
+    if (len <= 0) return NULL;
+    exe[len] = 0;
+    char *slash = strrchr(exe, '/');
+    if (!slash) return NULL;
+    *slash = 0;
+    char *joined = rf_path_join(exe, relative);
+    if (!joined) return NULL;
+    char resolved[PATH_MAX];
+    bool found = realpath(joined, resolved) != NULL;
+    rf_free(joined);
+    return found ? rf_strdup(resolved) : NULL;
+}
+
+/* Takes folder; gives "<folder>/<name>" if that is a folder, else NULL. */
+static char *model_in(char *folder, const char *name) {
+    char *path = folder ? rf_path_join(folder, name) : NULL;
+    rf_free(folder);
+    if (path && rf_path_is_dir(path)) return path;
+    rf_free(path);
+    return NULL;
+}
+
+rf_status find_model(char **out, const char *name, rf_error *err) {
+    const char *wanted = name ? name : SAMPLE_MODEL;
+    const char *env = getenv("REFRAIN_MODELS");
+    char *path = NULL;
+    if (name && rf_path_exists(name)) {
+        path = rf_strdup(name);
+        if (!path) return rf_fail(err, RF_ERR_MEMORY, "%s: no memory for its name", name);
+    }
+    if (!path && !strchr(wanted, '/')) {
+        if (env && env[0]) path = model_in(rf_strdup(env), wanted);
+        if (!path) path = model_in(beside_program("../samples/models"), wanted);
+        if (!path) path = model_in(beside_program("../share/refrain/models"), wanted);
+    }
+    if (!path && name) {
+        return rf_fail(err, RF_ERR_MISSING, "%s: no such model folder", name);
+    }
+    if (!path) {
+        return rf_fail(err, RF_ERR_MISSING,
+                       "the sample model '%s' was not found beside the program (../samples/models) nor in "
+                       "$REFRAIN_MODELS; name a model folder with -m",
+                       SAMPLE_MODEL);
+    }
+    *out = path;
+    return RF_OK;
+}
+
+char *tuning_cache_path(bool create) {
+    const char *cache = getenv("XDG_CACHE_HOME");
+    const char *home = getenv("HOME");
+    char *base = NULL;
+    if (cache && cache[0] == '/') {
+        base = rf_strdup(cache);
+    } else if (home && home[0] == '/') {
+        base = rf_path_join(home, ".cache");
+    }
+    if (!base) return NULL;
+    char *folder = rf_path_join(base, "refrain");
+    if (create && folder) {
+        /* Failure shows when the file is written. */
+        (void)mkdir(base, 0777);
+        (void)mkdir(folder, 0777);
+    }
+    char *path = folder ? rf_path_join(folder, "gemm-tuning") : NULL;
+    rf_free(base);
+    rf_free(folder);
+    return path;
+}
+
+void format_bytes(char *out, size_t out_bytes, double bytes) {
+    const char *units[] = {"bytes", "kB", "MB", "GB", "TB"};
+    int unit = 0;
+    while (bytes >= 1000 && unit < 4) {
+        bytes /= 1000;
+        unit++;
+    }
+    snprintf(out, out_bytes, unit == 0 ? "%.0f %s" : "%.1f %s", bytes, units[unit]);
+}

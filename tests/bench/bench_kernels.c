@@ -1,0 +1,572 @@
+/* tests/bench/bench_kernels.c - times operators on a backend. Not a test: nothing gates on it.
+ *
+ *   bench_kernels [--device cpu|cuda|cuda:N] [--dtype f32|bf16] [--what gemm|attention|norm|conv|layer|all] [-t threads]
+ *                 [-r repeats] [-o md|jsonl]
+ *
+ * CUDA  at least 20 calls are captured in one graph; a GEMM's calls rotate over copies of its weights that together pass
+ *       100 MB, so that weights come from memory as they do in a model. A figure is the median of the replays (default
+ *       15) divided by the calls. dtype bf16 unless said otherwise.
+ * CPU   one call at a time, f32; work above 25 GFLOP a call is left out and named on stderr.
+ * Floor the larger of FLOP / 722 TFLOP/s and bytes / 2985 GB/s: a large GEMM's rate and a copy's rate on an H100 80 GB.
+ *       Bytes count each operand once. Shown for CUDA only. */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "kernels/ops.h"
+
+#define PEAK_FLOPS    722e12
+#define PEAK_BYTES    2985e9
+#define ROTATE_BYTES  100e6
+#define MAX_COPIES    64
+#define MIN_CALLS     20
+#define MAX_CPU_FLOPS 25e9
+#define MAX_BUFFERS   512
+#define MAX_REPEATS   1000
+
+typedef struct bench bench;
+typedef rf_status (*bench_call)(bench *b, int copy, rf_error *err); /* queues one call */
+
+struct bench {
+    rf_backend *backend;
+    rf_stream *stream;
+    const rf_ops *ops;
+    rf_dtype dtype;
+    int repeats;
+    bool jsonl, cuda;
+    int num_rows_printed;
+    void *buffers[MAX_BUFFERS];
+    int num_buffers;
+    double times[MAX_REPEATS];
+
+    /* the item being timed */
+    int copies;
+    rf_gemm_args gemm[MAX_COPIES];
+    rf_attention_args attention;
+    rf_norm_args norm;
+    rf_residual_args residual;
+    rf_group_norm_args group_norm;
+    rf_conv2d_args conv;
+    rf_gemm_args layer_gemms[4]; /* qkv, proj, fc1, fc2 */
+};
+
+static double now_s(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+static int by_value(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+static void fail(const char *what, const rf_error *err) {
+    fprintf(stderr, "bench_kernels: %s: %s\n", what, err->message);
+    exit(1);
+}
+
+static void *take(bench *b, size_t bytes) {
+    rf_error err = {0};
+    void *p = NULL;
+    if (bytes == 0) return NULL;
+    if (b->num_buffers == MAX_BUFFERS) {
+        rf_fail(&err, RF_ERR_MEMORY, "more than %d buffers", MAX_BUFFERS);
+        fail("memory", &err);
+    }
+    if (rf_backend_alloc(b->backend, &p, bytes, &err) != RF_OK) fail("memory", &err);
+    b->buffers[b->num_buffers++] = p;
+    if (rf_stream_zero(b->stream, p, bytes, &err) != RF_OK) fail("memory", &err);
+    return p;
+}
+
+static void *take_normal(bench *b, rf_dtype dtype, int64_t num, float std) {
+    rf_error err = {0};
+    void *p = take(b, (size_t)num * rf_dtype_bytes(dtype));
+    rf_fill_normal_args f = {
+        .out = p, .dtype = dtype, .num = num, .seed = 1, .key = (uint64_t)b->num_buffers, .std = std};
+    if (b->ops->fill_normal(b->stream, &f, &err) != RF_OK) fail("fill_normal", &err);
+    return p;
+}
+
+static void release(bench *b) {
+    rf_error err = {0};
+    if (rf_stream_synchronize(b->stream, &err) != RF_OK) fail("synchronize", &err);
+    for (int i = 0; i < b->num_buffers; i++) rf_backend_free(b->backend, b->buffers[i]);
+    b->num_buffers = 0;
+    b->copies = 1;
+}
+
+/* Seconds of one call: median over repeats. */
+static rf_status time_calls(bench *b, bench_call call, double *seconds, rf_error *err) {
+    rf_status st = RF_OK;
+    rf_stream_set_phase(b->stream, RF_PHASE_PLAN);
+    for (int i = 0; i < b->copies && st == RF_OK; i++) st = call(b, i, err);
+    if (st == RF_OK) st = rf_stream_synchronize(b->stream, err);
+    if (st != RF_OK) return st;
+    rf_stream_set_phase(b->stream, RF_PHASE_RUN);
+
+    rf_graph *graph = NULL;
+    int calls = 1;
+    if (b->cuda) {
+        calls = (MIN_CALLS + b->copies - 1) / b->copies * b->copies;
+        st = rf_graph_begin(b->stream, err);
+        for (int i = 0; i < calls && st == RF_OK; i++) st = call(b, i % b->copies, err);
+        if (st == RF_OK) st = rf_graph_end(&graph, b->stream, err);
+        for (int i = 0; i < 3 && st == RF_OK; i++) st = rf_graph_launch(graph, b->stream, err);
+        if (st == RF_OK) st = rf_stream_synchronize(b->stream, err);
+    }
+    for (int r = 0; r < b->repeats && st == RF_OK; r++) {
+        if (b->cuda) {
+            double ms = 0;
+            st = rf_stream_mark(b->stream, 0, err);
+            if (st == RF_OK) st = rf_graph_launch(graph, b->stream, err);
+            if (st == RF_OK) st = rf_stream_mark(b->stream, 1, err);
+            if (st == RF_OK) st = rf_stream_synchronize(b->stream, err);
+            if (st == RF_OK) st = rf_stream_elapsed_ms(b->stream, 0, 1, &ms, err);
+            b->times[r] = ms * 1e-3 / calls;
+        } else {
+            double start = now_s();
+            st = call(b, r % b->copies, err);
+            b->times[r] = now_s() - start;
+        }
+    }
+    rf_graph_destroy(graph);
+    rf_stream_set_phase(b->stream, RF_PHASE_PLAN);
+    if (st != RF_OK) return st;
+    qsort(b->times, (size_t)b->repeats, sizeof b->times[0], by_value);
+    *seconds = b->times[b->repeats / 2];
+    return RF_OK;
+}
+
+/* name must not need escaping in JSON. */
+static void report(bench *b, const char *name, bench_call call, double flops, double bytes) {
+    rf_error err = {0};
+    double s = 0;
+    rf_status st = time_calls(b, call, &s, &err);
+    if (st != RF_OK) {
+        fprintf(stderr, "%s: %s: %s\n", name, rf_status_name(st), err.message);
+        release(b);
+        return;
+    }
+    double floor_s = flops / PEAK_FLOPS > bytes / PEAK_BYTES ? flops / PEAK_FLOPS : bytes / PEAK_BYTES;
+    if (b->jsonl) {
+        printf("{\"name\":\"%s\",\"device\":\"%s\",\"dtype\":\"%s\",\"us\":%.3f,\"min_us\":%.3f,\"tflops\":%.4f,"
+               "\"gbps\":%.2f",
+               name, rf_backend_name(b->backend), rf_dtype_name(b->dtype), s * 1e6, b->times[0] * 1e6,
+               flops / s * 1e-12, bytes / s * 1e-9);
+        if (b->cuda) printf(",\"floor_us\":%.3f", floor_s * 1e6);
+        printf("}\n");
+    } else {
+        if (b->num_rows_printed++ == 0)
+            printf("| %-52s | us         | TFLOP/s | GB/s   | floor us | of floor |\n"
+                   "|------------------------------------------------------|-----------:|--------:|-------:|---------:|"
+                   "---------:|\n",
+                   b->cuda ? "operator" : "operator (CPU)");
+        printf("| %-52s | %10.2f | %7.3f | %6.0f |", name, s * 1e6, flops / s * 1e-12, bytes / s * 1e-9);
+        if (b->cuda)
+            printf(" %8.2f | %7.0f%% |\n", floor_s * 1e6, 100 * floor_s / s);
+        else
+            printf("        - |        - |\n");
+    }
+    fflush(stdout);
+    release(b);
+}
+
+/* True if this backend should not be asked for that much. */
+static bool too_large(const bench *b, const char *name, double flops) {
+    if (b->cuda || flops <= MAX_CPU_FLOPS) return false;
+    fprintf(stderr, "%s: left out on the CPU, %.0f GFLOP a call\n", name, flops * 1e-9);
+    return true;
+}
+
+/* ---- gemm ---- */
+
+static rf_status call_gemm(bench *b, int copy, rf_error *err) {
+    return b->ops->gemm(b->stream, &b->gemm[copy], err);
+}
+
+static void bench_gemm(bench *b) {
+    static const struct {
+        int64_t m, n, k;
+        rf_act act;
+        bool f32_out;
+    } shapes[] = {
+        /* the shipped DiT, batch 8 */
+        {2048, 648, 216, RF_ACT_NONE, false},
+        {2048, 216, 216, RF_ACT_NONE, false},
+        {2048, 864, 216, RF_ACT_GELU_TANH, false},
+        {2048, 216, 864, RF_ACT_NONE, false},
+        /* DiT-XL/2 */
+        {512, 3456, 1152, RF_ACT_NONE, false},
+        {512, 1152, 1152, RF_ACT_NONE, false},
+        {512, 4608, 1152, RF_ACT_GELU_TANH, false},
+        {512, 1152, 4608, RF_ACT_NONE, false},
+        {4096, 4608, 1152, RF_ACT_GELU_TANH, false},
+        {4096, 1152, 4608, RF_ACT_NONE, false},
+        {100, 193536, 1152, RF_ACT_NONE, false},
+        /* open-oasis, one frame */
+        {144, 3072, 1024, RF_ACT_NONE, false},
+        {144, 1024, 1024, RF_ACT_NONE, false},
+        {144, 4096, 1024, RF_ACT_GELU_TANH, false},
+        {144, 1024, 4096, RF_ACT_NONE, false},
+        /* 8B text models */
+        {1024, 12288, 4096, RF_ACT_NONE, false},
+        {32, 12288, 4096, RF_ACT_NONE, false},
+        {32, 4096, 4096, RF_ACT_NONE, false},
+        {32, 24576, 4096, RF_ACT_NONE, false},
+        {32, 4096, 12288, RF_ACT_NONE, false},
+        {1, 12288, 4096, RF_ACT_NONE, false},
+        {32, 126464, 4096, RF_ACT_NONE, true},
+        {1, 128256, 4096, RF_ACT_NONE, true},
+        {8192, 8192, 8192, RF_ACT_NONE, false},
+    };
+    for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++) {
+        int64_t m = shapes[i].m, n = shapes[i].n, k = shapes[i].k;
+        double flops = 2.0 * (double)m * (double)n * (double)k;
+        rf_dtype y_dtype = shapes[i].f32_out ? RF_DTYPE_F32 : b->dtype;
+        double elem = (double)rf_dtype_bytes(b->dtype), w_bytes = (double)n * (double)k * elem;
+        double bytes = w_bytes + (double)m * (double)k * elem + (double)m * (double)n * (double)rf_dtype_bytes(y_dtype);
+        char name[96];
+        snprintf(name, sizeof name, "gemm %lldx%lldx%lld%s%s", (long long)m, (long long)n, (long long)k,
+                 shapes[i].act == RF_ACT_GELU_TANH ? " gelu" : "", shapes[i].f32_out ? " f32 out" : "");
+        if (too_large(b, name, flops)) continue;
+        int copies = b->cuda ? (int)(ROTATE_BYTES / w_bytes) + 1 : 1;
+        b->copies = copies > MAX_COPIES ? MAX_COPIES : copies;
+        void *x = take_normal(b, b->dtype, m * k, 1), *bias = take_normal(b, y_dtype, n, 1);
+        void *y = take(b, (size_t)(m * n) * rf_dtype_bytes(y_dtype));
+        for (int c = 0; c < b->copies; c++) {
+            rf_gemm_args *g = &b->gemm[c];
+            *g = rf_gemm_args_default(b->dtype, m, n, k);
+            g->y_dtype = y_dtype;
+            g->x = x;
+            g->w = take_normal(b, b->dtype, n * k, 0.02f);
+            g->bias = bias;
+            g->y = y;
+            g->act = shapes[i].act;
+        }
+        report(b, name, call_gemm, flops, bytes);
+    }
+}
+
+/* ---- attention ---- */
+
+static rf_status call_attention(bench *b, int copy, rf_error *err) {
+    return b->ops->attention(b->stream, &b->attention, err);
+}
+
+static void bench_attention(bench *b) {
+    static const struct {
+        const char *name;
+        int64_t batch, q_len, kv_len;
+        int hq, hkv, d;
+    } shapes[] = {
+        {"shipped DiT b8", 8, 256, 256, 3, 3, 72},       {"DiT 256 px b2", 2, 256, 256, 16, 16, 72},
+        {"DiT 256 px b32", 32, 256, 256, 16, 16, 72},    {"DiT 512 px b2", 2, 1024, 1024, 16, 16, 72},
+        {"DiT 512 px b16", 16, 1024, 1024, 16, 16, 72},  {"LLM 1024", 1, 1024, 1024, 32, 32, 128},
+        {"LLM 4096", 1, 4096, 4096, 32, 32, 128},        {"video", 1, 32760, 32760, 12, 12, 128},
+        {"block 32 x 1024", 1, 32, 1024, 32, 32, 128},   {"block 32 x 4096", 1, 32, 4096, 32, 32, 128},
+        {"block 32 x 32768", 1, 32, 32768, 32, 32, 128}, {"decode 1k", 1, 1, 1024, 32, 8, 128},
+        {"decode 8k", 1, 1, 8192, 32, 8, 128},           {"decode 32k", 1, 1, 32768, 32, 8, 128},
+        {"oasis spatial", 1, 144, 144, 16, 16, 64},      {"oasis temporal", 144, 1, 32, 16, 16, 64},
+    };
+    for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++) {
+        int64_t batch = shapes[i].batch, q_len = shapes[i].q_len, kv_len = shapes[i].kv_len;
+        int hq = shapes[i].hq, hkv = shapes[i].hkv, d = shapes[i].d;
+        double flops = 4.0 * (double)batch * hq * (double)q_len * (double)kv_len * d;
+        double bytes = 2.0 * (double)rf_dtype_bytes(b->dtype) * (double)batch * d *
+                       ((double)hq * (double)q_len + (double)hkv * (double)kv_len);
+        char name[96];
+        snprintf(name, sizeof name, "attention %s (%lld,%d/%d,%lld,%lld,%d)", shapes[i].name, (long long)batch, hq, hkv,
+                 (long long)q_len, (long long)kv_len, d);
+        if (too_large(b, name, flops)) continue;
+        rf_attention_args *a = &b->attention;
+        *a = rf_attention_args_packed(b->dtype, batch, q_len, hq, d, NULL, NULL);
+        if (q_len == kv_len && hq == hkv) { /* as the QKV projection leaves them */
+            void *qkv = take_normal(b, b->dtype, batch * q_len * 3 * hq * d, 1);
+            *a = rf_attention_args_packed(b->dtype, batch, q_len, hq, d, qkv, NULL);
+        } else {
+            a->num_kv_heads = hkv;
+            a->kv_len = kv_len;
+            a->q_row_stride = (int64_t)hq * d;
+            a->q_batch_stride = q_len * hq * d;
+            a->kv_row_stride = (int64_t)hkv * d;
+            a->kv_batch_stride = kv_len * hkv * d;
+            a->q = take_normal(b, b->dtype, batch * q_len * hq * d, 1);
+            a->k = take_normal(b, b->dtype, batch * kv_len * hkv * d, 1);
+            a->v = take_normal(b, b->dtype, batch * kv_len * hkv * d, 1);
+        }
+        a->out = take(b, (size_t)(batch * q_len * hq * d) * rf_dtype_bytes(b->dtype));
+        a->workspace_bytes = b->ops->attention_workspace(b->backend, a);
+        a->workspace = take(b, a->workspace_bytes);
+        report(b, name, call_attention, flops, bytes);
+    }
+}
+
+/* ---- norms ---- */
+
+static rf_status call_norm(bench *b, int copy, rf_error *err) {
+    return b->ops->norm(b->stream, &b->norm, err);
+}
+static rf_status call_residual(bench *b, int copy, rf_error *err) {
+    return b->ops->residual(b->stream, &b->residual, err);
+}
+static rf_status call_group_norm(bench *b, int copy, rf_error *err) {
+    return b->ops->group_norm(b->stream, &b->group_norm, err);
+}
+
+/* Norm and gated residual of a DiT block: rows of width, one modulation group per sample of `tokens`. */
+static void set_block_norms(bench *b, int64_t rows, int64_t width, int64_t tokens, int num_terms) {
+    rf_modulation mod = {.dtype = b->dtype, .stride = 6 * width, .rows_per_group = tokens};
+    mod.table = take_normal(b, b->dtype, (rows + tokens - 1) / tokens * 6 * width, 0.1f);
+    float *x = take_normal(b, RF_DTYPE_F32, rows * width, 1);
+    void *y = take(b, (size_t)(rows * width) * rf_dtype_bytes(b->dtype));
+    b->norm = (rf_norm_args){.x = x,
+                             .y = y,
+                             .x_dtype = RF_DTYPE_F32,
+                             .y_dtype = b->dtype,
+                             .num_rows = rows,
+                             .cols = width,
+                             .eps = 1e-6f,
+                             .mod = mod,
+                             .shift = 0,
+                             .scale = width};
+    b->residual = (rf_residual_args){.x = x,
+                                     .num_terms = num_terms,
+                                     .x_dtype = RF_DTYPE_F32,
+                                     .y_dtype = b->dtype,
+                                     .num_rows = rows,
+                                     .cols = width,
+                                     .gate_mod = mod,
+                                     .gate = 2 * width,
+                                     .norm_y = y,
+                                     .norm_y_dtype = b->dtype,
+                                     .norm_eps = 1e-6f,
+                                     .norm_mod = mod,
+                                     .norm_shift = 3 * width,
+                                     .norm_scale = 4 * width};
+    for (int t = 0; t < num_terms; t++) b->residual.terms[t] = take_normal(b, b->dtype, rows * width, 1e-3f);
+}
+
+static void bench_norm(bench *b) {
+    static const int64_t shapes[][3] = {
+        {2048, 216, 256}, {512, 1152, 256}, {4096, 1152, 256}, {32768, 1152, 1024}, {1024, 4096, 1024}};
+    double elem = (double)rf_dtype_bytes(b->dtype);
+    char name[96];
+    for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++) {
+        int64_t rows = shapes[i][0], width = shapes[i][1];
+        double num = (double)rows * (double)width;
+        set_block_norms(b, rows, width, shapes[i][2], 1);
+        snprintf(name, sizeof name, "norm %lldx%lld adaLN, f32 stream", (long long)rows, (long long)width);
+        report(b, name, call_norm, 8 * num, num * (4 + elem));
+        for (int terms = 1; terms <= 8; terms += 7) {
+            set_block_norms(b, rows, width, shapes[i][2], terms);
+            snprintf(name, sizeof name, "residual+norm %lldx%lld, %d terms", (long long)rows, (long long)width, terms);
+            report(b, name, call_residual, 12 * num, num * (8 + (1 + terms) * elem));
+        }
+    }
+    static const int64_t groups[][3] = {{4, 32 * 32, 512}, {1, 64 * 64, 512}, {1, 256 * 256, 128}, {1, 512 * 512, 128}};
+    for (size_t i = 0; i < sizeof groups / sizeof groups[0]; i++) {
+        int64_t batch = groups[i][0], pixels = groups[i][1], channels = groups[i][2];
+        double num = (double)batch * (double)pixels * (double)channels;
+        rf_group_norm_args *g = &b->group_norm;
+        *g = (rf_group_norm_args){.dtype = b->dtype,
+                                  .batch = batch,
+                                  .pixels = pixels,
+                                  .channels = channels,
+                                  .num_groups = 32,
+                                  .eps = 1e-6f,
+                                  .silu = true};
+        g->x = take_normal(b, b->dtype, (int64_t)num, 1);
+        g->y = take(b, (size_t)num * rf_dtype_bytes(b->dtype));
+        g->weight = take_normal(b, RF_DTYPE_F32, channels, 1);
+        g->bias = take_normal(b, RF_DTYPE_F32, channels, 1);
+        g->workspace_bytes = rf_group_norm_workspace_bytes(g);
+        g->workspace = take(b, g->workspace_bytes);
+        snprintf(name, sizeof name, "group_norm+silu %lldx%lldx%lld", (long long)batch, (long long)pixels,
+                 (long long)channels);
+        report(b, name, call_group_norm, 8 * num, 2 * num * elem);
+    }
+}
+
+/* ---- convolution ---- */
+
+static rf_status call_conv(bench *b, int copy, rf_error *err) {
+    return b->ops->conv2d(b->stream, &b->conv, err);
+}
+
+static void bench_conv(bench *b) {
+    static const struct {
+        int64_t batch, size, in, out;
+        int kernel;
+        bool upsample;
+    } shapes[] = {
+        {1, 32, 4, 512, 3, false},    {1, 32, 512, 512, 3, false},  {1, 32, 512, 512, 3, true},
+        {1, 128, 512, 256, 3, false}, {1, 128, 512, 256, 1, false}, {1, 256, 128, 128, 3, false},
+        {1, 256, 128, 3, 3, false},   {4, 16, 64, 64, 3, false},    {8, 256, 128, 128, 3, false},
+    };
+    double elem = (double)rf_dtype_bytes(b->dtype);
+    for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++) {
+        int64_t size = shapes[i].size, out_size = shapes[i].upsample ? 2 * size : size, kernel = shapes[i].kernel;
+        int64_t in = shapes[i].in, out = shapes[i].out, batch = shapes[i].batch;
+        int64_t w_num = kernel * kernel * in * out, x_num = batch * size * size * in;
+        int64_t y_num = batch * out_size * out_size * out;
+        double flops = 2.0 * (double)y_num * (double)(kernel * kernel * in);
+        char name[96];
+        snprintf(name, sizeof name, "conv%d %lldx%lldx%lld %lld->%lld%s", (int)kernel, (long long)batch,
+                 (long long)size, (long long)size, (long long)in, (long long)out,
+                 shapes[i].upsample ? " upsample" : "");
+        if (too_large(b, name, flops)) continue;
+        rf_conv2d_args *c = &b->conv;
+        *c = (rf_conv2d_args){.dtype = b->dtype,
+                              .batch = batch,
+                              .height = size,
+                              .width = size,
+                              .in_channels = in,
+                              .out_channels = out,
+                              .kernel = (int)kernel,
+                              .stride = 1,
+                              .pad_before = kernel == 3,
+                              .pad_after = kernel == 3,
+                              .upsample = shapes[i].upsample};
+        c->x = take_normal(b, b->dtype, x_num, 1);
+        c->w = take_normal(b, b->dtype, w_num, 0.02f);
+        c->bias = take_normal(b, RF_DTYPE_F32, out, 1);
+        c->y = take(b, (size_t)y_num * rf_dtype_bytes(b->dtype));
+        c->workspace_bytes = b->ops->conv2d_workspace(b->backend, c);
+        c->workspace = take(b, c->workspace_bytes);
+        report(b, name, call_conv, flops, (double)(w_num + x_num + y_num) * elem);
+    }
+}
+
+/* ---- one DiT layer, all its operators ---- */
+
+static rf_status call_layer(bench *b, int copy, rf_error *err) {
+    rf_status st = b->ops->norm(b->stream, &b->norm, err);
+    if (st == RF_OK) st = b->ops->gemm(b->stream, &b->layer_gemms[0], err);
+    if (st == RF_OK) st = b->ops->attention(b->stream, &b->attention, err);
+    if (st == RF_OK) st = b->ops->gemm(b->stream, &b->layer_gemms[1], err);
+    if (st == RF_OK) st = b->ops->residual(b->stream, &b->residual, err);
+    if (st == RF_OK) st = b->ops->gemm(b->stream, &b->layer_gemms[2], err);
+    if (st == RF_OK) st = b->ops->gemm(b->stream, &b->layer_gemms[3], err);
+    if (st == RF_OK) st = b->ops->residual(b->stream, &b->residual, err);
+    return st;
+}
+
+static void bench_layer(bench *b) {
+    static const struct {
+        const char *name;
+        int64_t batch, tokens, width;
+        int heads;
+    } shapes[] = {
+        {"shipped DiT", 8, 256, 216, 3},
+        {"DiT-XL/2 256 px", 2, 256, 1152, 16},
+        {"DiT-XL/2 256 px", 16, 256, 1152, 16},
+        {"DiT-XL/2 512 px", 2, 1024, 1152, 16},
+    };
+    for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++) {
+        int64_t rows = shapes[i].batch * shapes[i].tokens, width = shapes[i].width;
+        double flops = 24.0 * (double)rows * (double)width * (double)width +
+                       4.0 * (double)rows * (double)shapes[i].tokens * (double)width;
+        double bytes = (double)rf_dtype_bytes(b->dtype) * 12.0 * (double)width * (double)width;
+        char name[96];
+        snprintf(name, sizeof name, "layer %s, %lld rows x %lld", shapes[i].name, (long long)rows, (long long)width);
+        if (too_large(b, name, flops)) continue;
+        set_block_norms(b, rows, width, shapes[i].tokens, 1);
+        size_t elem = rf_dtype_bytes(b->dtype);
+        void *qkv = take(b, (size_t)(rows * 3 * width) * elem), *attended = take(b, (size_t)(rows * width) * elem);
+        void *hidden = take(b, (size_t)(rows * 4 * width) * elem);
+        void *term = take(b, (size_t)(rows * width) * elem);
+        const struct {
+            int64_t n, k;
+            const void *x;
+            void *y;
+            rf_act act;
+        } gemms[4] = {{3 * width, width, b->norm.y, qkv, RF_ACT_NONE},
+                      {width, width, attended, term, RF_ACT_NONE},
+                      {4 * width, width, b->residual.norm_y, hidden, RF_ACT_GELU_TANH},
+                      {width, 4 * width, hidden, term, RF_ACT_NONE}};
+        for (int g = 0; g < 4; g++) {
+            b->layer_gemms[g] = rf_gemm_args_default(b->dtype, rows, gemms[g].n, gemms[g].k);
+            b->layer_gemms[g].x = gemms[g].x;
+            b->layer_gemms[g].w = take_normal(b, b->dtype, gemms[g].n * gemms[g].k, 0.02f);
+            b->layer_gemms[g].bias = take_normal(b, b->dtype, gemms[g].n, 0.1f);
+            b->layer_gemms[g].y = gemms[g].y;
+            b->layer_gemms[g].act = gemms[g].act;
+        }
+        b->residual.terms[0] = term;
+        b->attention = rf_attention_args_packed(b->dtype, shapes[i].batch, shapes[i].tokens, shapes[i].heads,
+                                                (int)(width / shapes[i].heads), qkv, attended);
+        b->attention.workspace_bytes = b->ops->attention_workspace(b->backend, &b->attention);
+        b->attention.workspace = take(b, b->attention.workspace_bytes);
+        report(b, name, call_layer, flops, bytes);
+    }
+}
+
+/* ---- program ---- */
+
+static int usage(const char *why) {
+    fprintf(stderr,
+            "bench_kernels: %s\n"
+            "usage: bench_kernels [--device cpu|cuda|cuda:N] [--dtype f32|bf16] [--what "
+            "gemm|attention|norm|conv|layer|all]\n"
+            "                     [-t threads] [-r repeats] [-o md|jsonl]\n",
+            why);
+    return 2;
+}
+
+int main(int argc, char **argv) {
+    static bench b = {.repeats = 15, .copies = 1};
+    const char *device = "cpu", *what = "all", *dtype = NULL, *format = "md";
+    int threads = 0;
+    for (int i = 1; i < argc; i++) {
+        if (i + 1 == argc) return usage("an option without a value, or an unknown one");
+        if (strcmp(argv[i], "--device") == 0)
+            device = argv[++i];
+        else if (strcmp(argv[i], "--dtype") == 0)
+            dtype = argv[++i];
+        else if (strcmp(argv[i], "--what") == 0)
+            what = argv[++i];
+        else if (strcmp(argv[i], "-t") == 0)
+            threads = atoi(argv[++i]);
+        else if (strcmp(argv[i], "-r") == 0)
+            b.repeats = atoi(argv[++i]);
+        else if (strcmp(argv[i], "-o") == 0)
+            format = argv[++i];
+        else
+            return usage("unknown option");
+    }
+    if (b.repeats < 1 || b.repeats > MAX_REPEATS) return usage("-r must be 1..1000");
+    if (strcmp(format, "md") != 0 && strcmp(format, "jsonl") != 0) return usage("-o must be md or jsonl");
+    static const struct {
+        const char *name;
+        void (*run)(bench *);
+    } groups[] = {{"gemm", bench_gemm},
+                  {"attention", bench_attention},
+                  {"norm", bench_norm},
+                  {"conv", bench_conv},
+                  {"layer", bench_layer}};
+    const size_t num_groups = sizeof groups / sizeof groups[0];
+    bool known = strcmp(what, "all") == 0;
+    for (size_t i = 0; i < num_groups; i++) known |= strcmp(what, groups[i].name) == 0;
+    if (!known) return usage("unknown --what");
+
+    rf_error err = {0};
+    if (rf_backend_open(&b.backend, device, threads, &err) != RF_OK) fail(device, &err);
+    if (rf_stream_create(&b.stream, b.backend, &err) != RF_OK) fail(device, &err);
+    b.ops = rf_ops_for(b.backend);
+    b.cuda = rf_backend_get_kind(b.backend) == RF_BACKEND_CUDA;
+    b.dtype = b.cuda ? RF_DTYPE_BF16 : RF_DTYPE_F32;
+    b.jsonl = strcmp(format, "jsonl") == 0;
+    if (dtype && !rf_dtype_from_name(dtype, &b.dtype)) return usage("unknown --dtype");
+    if (b.cuda && rf_gemm_set_tuning(b.stream, true, &err) != RF_OK) fail("tuning", &err);
+    fprintf(stderr, "%s: %s, %d threads, %s\n", rf_backend_name(b.backend), rf_backend_description(b.backend),
+            rf_backend_num_threads(b.backend), rf_dtype_name(b.dtype));
+    for (size_t i = 0; i < num_groups; i++) {
+        if (strcmp(what, "all") == 0 || strcmp(what, groups[i].name) == 0) groups[i].run(&b);
+    }
+    rf_stream_destroy(b.stream);
+    rf_backend_close(b.backend);
+    return 0;
+}
