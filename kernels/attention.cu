@@ -96,8 +96,8 @@ extern "C" rf_status rf_attention_cuda(rf_stream *stream, const rf_attention_arg
     rf_backend *const backend = stream ? rf_stream_backend(stream) : NULL;
     rf_attention_kernel kernel;
     rf_attention_mma_plan plan = {};
-    status = choose(args, backend ? rf_backend_sm(backend) : 0, backend ? rf_backend_num_sms(backend) : 0, &kernel, &plan,
-                    err);
+    status = choose(args, backend ? rf_backend_sm(backend) : 0, backend ? rf_backend_num_sms(backend) : 0, &kernel,
+                    &plan, err);
     if (status != RF_OK || args->batch == 0 || args->q_len == 0) return status;
     if (stream) {
         status = check_pointers(args, err);

@@ -45,7 +45,8 @@ static __global__ void __launch_bounds__(THREADS)
     const int64_t q_row = p.q_rows && row_valid ? p.q_rows[batch * p.q_batch_stride_rows + query] : query;
     const int64_t limit = row_valid ? key_limit(p, q_row + p.q_pos_offset) : 0;
 
-    const float *const q = (const float *)p.q + batch * p.q_batch_stride + q_row * p.q_row_stride + q_head * p.q_head_stride;
+    const float *const q =
+        (const float *)p.q + batch * p.q_batch_stride + q_row * p.q_row_stride + q_head * p.q_head_stride;
     for (int c = part * 4; c < hd; c += LANES * 4) {
         float f[4] = {0.0f, 0.0f, 0.0f, 0.0f};
         if (row_valid) rf_load4(q + c, f);
@@ -62,7 +63,8 @@ static __global__ void __launch_bounds__(THREADS)
     float top = -INFINITY, sum = 0.0f;
     for (int key0 = 0; key0 < len; key0 += KEYS) {
         __syncthreads(); /* the previous tile has been used; before the first, nothing */
-        if (threadIdx.x < KEYS) key_rows[threadIdx.x] = key0 + (int)threadIdx.x < len ? key_row(p, list, key0 + threadIdx.x) : INT_MAX;
+        if (threadIdx.x < KEYS)
+            key_rows[threadIdx.x] = key0 + (int)threadIdx.x < len ? key_row(p, list, key0 + threadIdx.x) : INT_MAX;
         for (int i = threadIdx.x; i < KEYS * (hd / 4); i += THREADS) {
             const int key = i / (hd / 4), c = i % (hd / 4) * 4;
             float f[4] = {0.0f, 0.0f, 0.0f, 0.0f}, g[4] = {0.0f, 0.0f, 0.0f, 0.0f};
@@ -130,7 +132,8 @@ static __global__ void __launch_bounds__(THREADS)
     for (int mask = 1; mask < LANES; mask *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, mask);
     if (!row_valid) return;
     const float inv = sum == 0.0f ? 0.0f : 1.0f / sum; /* NaN stays NaN */
-    float *const out = (float *)p.out + batch * p.out_batch_stride + query * p.out_row_stride + q_head * p.out_head_stride;
+    float *const out =
+        (float *)p.out + batch * p.out_batch_stride + query * p.out_row_stride + q_head * p.out_head_stride;
 #pragma unroll
     for (int i = 0; i < MAX_HD / 32; i++) {
         const int c = i * 32 + part * 4;

@@ -10,6 +10,9 @@
  * Shared   rows of 144, 176 and 208 bytes (head_dim 72, 80, 96): stride / 16 is odd, ldmatrix meets no bank twice. Rows of
  *          128 and 256 bytes: 16-byte chunk c of row r lies at chunk c ^ (r & 7).
  * Masks    Only tiles that cross a bound take the masked form of the tile step; tiles past every row's limit are skipped.
+ * Bits     A row's result depends on its keys and on which of three ways they are walked: one after the other (tiles of 32,
+ *          64 and 128 rows agree bit for bit), in two alternating halves, or in splits. The way is chosen by shapes alone,
+ *          so that a list of all keys gives the bits of no list.
  * Splits   With few blocks the keys are cut into splits; each writes (o / l, log2-sum) in f32, combine_kernel joins them in
  *          split order.
  * Arch     sm_80 and later.
@@ -38,7 +41,9 @@ static __device__ __forceinline__ void copy16(uint32_t dst, const void *src, int
 static __device__ __forceinline__ void copy16(uint32_t dst, const void *src) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(dst), "l"(src) : "memory");
 }
-static __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+static __device__ __forceinline__ void copy_commit() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
 template <int PENDING> static __device__ __forceinline__ void copy_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
@@ -61,7 +66,8 @@ static __device__ __forceinline__ void ldmatrix2(uint32_t &r0, uint32_t &r1, uin
 /* d += a b, a 16x16, b 16x8. g = lane / 4, t = lane % 4. d: (g, 2t), (g, 2t+1), (g+8, 2t), (g+8, 2t+1).
  * a: (g, 2t..), (g+8, 2t..), (g, 2t+8..), (g+8, 2t+8..).  b: (2t.., g), (2t+8.., g). */
 static __device__ __forceinline__ void mma16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, "
+        "%2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
@@ -182,8 +188,9 @@ static __global__ void __launch_bounds__(WARPS * 32 * KG, MIN_BLOCKS)
     const char *const q_base = (const char *)p.q + batch * p.q_batch_stride * 2;
     for_each_chunk<CHUNKS, WARP_ROWS>(lane, [&](int row, int chunk, bool active) {
         const int64_t offset = __shfl_sync(0xffffffffu, q_offset, row);
-        if (active) copy16(q_shared + chunk_offset<Shape>(warp * WARP_ROWS + row, chunk),
-                           offset < 0 ? q_base : q_base + offset + chunk * 16, offset < 0 ? 0 : 16);
+        if (active)
+            copy16(q_shared + chunk_offset<Shape>(warp * WARP_ROWS + row, chunk),
+                   offset < 0 ? q_base : q_base + offset + chunk * 16, offset < 0 ? 0 : 16);
     });
 
     /* Keys of this sample, tiles of this block and set. */
@@ -236,7 +243,8 @@ static __global__ void __launch_bounds__(WARPS * 32 * KG, MIN_BLOCKS)
     auto load_tile = [&](int j, int stage, int row_of_lane) {
         const uint32_t dst = ring + stage * Shape::STAGE_BYTES;
         if (INDEXED) {
-            if (lane < WARP_KEYS) pos_ring[stage * KEYS + warp * WARP_KEYS + lane] = row_of_lane < 0 ? INT_MAX : row_of_lane;
+            if (lane < WARP_KEYS)
+                pos_ring[stage * KEYS + warp * WARP_KEYS + lane] = row_of_lane < 0 ? INT_MAX : row_of_lane;
             for_each_chunk<CHUNKS, WARP_KEYS>(lane, [&](int row, int chunk, bool active) {
                 const int from = __shfl_sync(0xffffffffu, row_of_lane, row);
                 if (!active) return;
@@ -362,7 +370,8 @@ static __global__ void __launch_bounds__(WARPS * 32 * KG, MIN_BLOCKS)
                 const int key_a = INDEXED ? pos[col] : key0 + col, key_b = INDEXED ? pos[col + 1] : key0 + col + 1;
 #pragma unroll
                 for (int t = 0; t < MT; t++) {
-                    const int limit_a = ROW_LIMITS ? row_limit[t][0] : len, limit_b = ROW_LIMITS ? row_limit[t][1] : len;
+                    const int limit_a = ROW_LIMITS ? row_limit[t][0] : len,
+                              limit_b = ROW_LIMITS ? row_limit[t][1] : len;
                     if (key_a >= limit_a) s[t][n][0] = -INFINITY;
                     if (key_b >= limit_a) s[t][n][1] = -INFINITY;
                     if (key_a >= limit_b) s[t][n][2] = -INFINITY;
@@ -477,7 +486,8 @@ static __global__ void __launch_bounds__(WARPS * 32 * KG, MIN_BLOCKS)
 
     /* Two sets: the second hands its state over lane by lane (the same lane holds the same elements), the first joins. */
     if (KG == 2) {
-        float *const hand = reinterpret_cast<float *>(shared + Shape::GROUP_BYTES + Shape::Q_BYTES) + threadIdx.x % Shape::GROUP_THREADS;
+        float *const hand = reinterpret_cast<float *>(shared + Shape::GROUP_BYTES + Shape::Q_BYTES) +
+                            threadIdx.x % Shape::GROUP_THREADS;
         constexpr int STEP = Shape::GROUP_THREADS, PER_TILE = N_TILES * 4 + 4;
         if (set == 1) {
             set_barrier(); /* its own warps have read the last tiles */
@@ -544,7 +554,8 @@ static __global__ void __launch_bounds__(WARPS * 32 * KG, MIN_BLOCKS)
                 float *const dst = p.part_out + (part_row + row) * HD + (lane & 3) * 2;
 #pragma unroll
                 for (int n = 0; n < N_TILES; n++)
-                    *reinterpret_cast<float2 *>(dst + n * 8) = make_float2(o[t][n][2 * h] * inv[h], o[t][n][2 * h + 1] * inv[h]);
+                    *reinterpret_cast<float2 *>(dst + n * 8) =
+                        make_float2(o[t][n][2 * h] * inv[h], o[t][n][2 * h + 1] * inv[h]);
             }
             continue;
         }
@@ -638,15 +649,17 @@ static rf_status launch(rf_stream *stream, const rf_attention_params &params, rf
 }
 
 /* Blocks per SM that __launch_bounds__ asks for: what shared memory and 64 K registers allow. */
-template <int HD> static rf_status launch_tile(rf_stream *stream, const rf_attention_params &p, bool indexed,
-                                               rf_attention_tile tile, rf_error *err) {
+template <int HD>
+static rf_status launch_tile(rf_stream *stream, const rf_attention_params &p, bool indexed, rf_attention_tile tile,
+                             rf_error *err) {
     constexpr int BLOCKS_64 = HD <= 80 ? 3 : 2;
     constexpr int BLOCKS_32 = HD <= 80 ? 5 : 3;
     switch (tile) {
     case RF_ATTENTION_TILE_32:
         return indexed ? launch<HD, 1, 2, 1, true, BLOCKS_32>(stream, p, err)
                        : launch<HD, 1, 2, 1, false, BLOCKS_32>(stream, p, err);
-    case RF_ATTENTION_TILE_64_PAIR: return launch<HD, 1, 4, 2, false, 1>(stream, p, err);
+    case RF_ATTENTION_TILE_64_PAIR:
+        return indexed ? launch<HD, 1, 4, 2, true, 1>(stream, p, err) : launch<HD, 1, 4, 2, false, 1>(stream, p, err);
     case RF_ATTENTION_TILE_128:
         if constexpr (HD <= 72) return launch<HD, 2, 4, 1, false, 2>(stream, p, err);
         break;
@@ -675,8 +688,8 @@ rf_status rf_attention_mma_run(rf_stream *stream, const rf_attention_args *args,
     }
     if (status != RF_OK || !stream || p.num_splits == 1) return status;
     const int64_t rows = (int64_t)p.batch * p.num_kv_heads * p.num_rows;
-    return rf_launch(stream, "attention_combine", err, combine_kernel, dim3((unsigned)rf_ceil_div(rows, 4)), dim3(128), 0,
-                     p);
+    return rf_launch(stream, "attention_combine", err, combine_kernel, dim3((unsigned)rf_ceil_div(rows, 4)), dim3(128),
+                     0, p);
 }
 
 /* --- chooser -------------------------------------------------------------------------------------------------------- */
@@ -726,9 +739,9 @@ rf_status rf_attention_mma_choose(const rf_attention_args *args, int num_sms, rf
     if (!(args->softmax_scale > 0))
         return rf_fail(err, RF_ERR_UNSUPPORTED, "attention: softmax_scale is %g, must be above 0 on CUDA",
                        (double)args->softmax_scale);
-    const int64_t strides[9] = {args->q_row_stride,    args->q_head_stride,  args->kv_row_stride,
-                                args->kv_head_stride,  args->out_row_stride, args->out_head_stride,
-                                args->q_batch_stride,  args->kv_batch_stride, args->out_batch_stride};
+    const int64_t strides[9] = {args->q_row_stride,   args->q_head_stride,   args->kv_row_stride,
+                                args->kv_head_stride, args->out_row_stride,  args->out_head_stride,
+                                args->q_batch_stride, args->kv_batch_stride, args->out_batch_stride};
     for (int i = 0; i < 9; i++) {
         if (strides[i] % 8 != 0)
             return rf_fail(err, RF_ERR_SHAPE, "attention: strides must be multiples of 8 elements, one is %lld",
@@ -747,12 +760,12 @@ rf_status rf_attention_mma_choose(const rf_attention_args *args, int num_sms, rf
     rf_attention_tile tile = RF_ATTENTION_TILE_64;
     if (rows <= 32)
         tile = RF_ATTENTION_TILE_32;
-    else if (!indexed && tiles >= 2 && tiles <= 8 && blocks_64 <= num_sms)
+    else if (tiles >= 2 && tiles <= 8 && blocks_64 <= num_sms)
         tile = RF_ATTENTION_TILE_64_PAIR;
-    else if (plain && hd <= 72 && blocks_128 >= 2 * (int64_t)num_sms && blocks_128 * 2 * 100 <= blocks_64 * 115)
-        tile = RF_ATTENTION_TILE_128; /* both SM slots filled, and at most 15 % of the rows are padding */
+    else if (plain && hd <= 72 && blocks_128 * 10 >= 18 * (int64_t)num_sms && blocks_128 * 2 * 100 <= blocks_64 * 115)
+        tile = RF_ATTENTION_TILE_128; /* two slots of an SM are filled, and at most 15 % more rows are padding */
     if (force != RF_ATTENTION_TILE_AUTO) {
-        if ((force == RF_ATTENTION_TILE_64_PAIR && indexed) || (force == RF_ATTENTION_TILE_128 && (!plain || hd > 72)))
+        if (force == RF_ATTENTION_TILE_128 && (!plain || hd > 72))
             return rf_fail(err, RF_ERR_UNSUPPORTED, "attention: the forced tile cannot take these arguments");
         tile = force;
     }

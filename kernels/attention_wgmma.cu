@@ -7,4 +7,6 @@ rf_status rf_attention_wgmma_check(const rf_attention_args *args, int sm, rf_err
 rf_status rf_attention_wgmma_run(rf_stream *stream, const rf_attention_args *args, rf_error *err) {
     return rf_attention_wgmma_check(args, 0, err);
 }
-bool rf_attention_wgmma_wins(const rf_attention_args *args) { return false; }
+bool rf_attention_wgmma_wins(const rf_attention_args *args) {
+    return false;
+}

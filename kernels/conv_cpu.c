@@ -72,7 +72,7 @@ rf_status rf_conv2d_cpu(rf_stream *stream, const rf_conv2d_args *a, rf_error *er
     bool in_place = reads_in_place(a);
     rf_stream_note_launch(stream, "conv2d");
     rf_cpu_blas_single_thread();
-#pragma omp parallel for num_threads(rf_cpu_threads(stream)) schedule(static)
+#pragma omp parallel for num_threads(rf_cpu_threads(stream)) schedule(dynamic)
     for (int64_t task = 0; task < rf_div_up(pixels, block); task++) {
         int64_t first = task * block, num = rf_min64(block, pixels - first);
         const float *patches = (const float *)a->x + first * len;

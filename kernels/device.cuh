@@ -11,11 +11,19 @@
 
 typedef __nv_bfloat16 rf_bf16;
 
-static __device__ __forceinline__ float rf_to_f32(float v) { return v; }
-static __device__ __forceinline__ float rf_to_f32(rf_bf16 v) { return __bfloat162float(v); }
+static __device__ __forceinline__ float rf_to_f32(float v) {
+    return v;
+}
+static __device__ __forceinline__ float rf_to_f32(rf_bf16 v) {
+    return __bfloat162float(v);
+}
 template <typename T> static __device__ __forceinline__ T rf_from_f32(float v);
-template <> __device__ __forceinline__ float rf_from_f32<float>(float v) { return v; }
-template <> __device__ __forceinline__ rf_bf16 rf_from_f32<rf_bf16>(float v) { return __float2bfloat16_rn(v); }
+template <> __device__ __forceinline__ float rf_from_f32<float>(float v) {
+    return v;
+}
+template <> __device__ __forceinline__ rf_bf16 rf_from_f32<rf_bf16>(float v) {
+    return __float2bfloat16_rn(v);
+}
 
 /* Four neighbours as f32: 16 bytes of f32 or 8 bytes of bf16; p aligned to that. */
 static __device__ __forceinline__ void rf_load4(const float *p, float v[4]) {
@@ -79,8 +87,9 @@ template <int NUM_WARPS> static __device__ __forceinline__ float rf_block_max(fl
 static __device__ __forceinline__ float rf_activate(float u, rf_act act) {
     switch (act) {
     case RF_ACT_NONE: return u;
-    case RF_ACT_GELU_TANH: return 0.5f * u * (1.0f + tanhf(0.7978845608028654f * (u + 0.044715f * u * u * u)));
-    case RF_ACT_GELU_ERF: return 0.5f * u * (1.0f + erff(u * 0.7071067811865476f));
+    /* (1 + tanh t) / 2 = 1 / (1 + e^-2t) and (1 + erf t) / 2 = erfc(-t) / 2: no cancellation in the negative tail. */
+    case RF_ACT_GELU_TANH: return u / (1.0f + expf(-1.5957691216057308f * (u + 0.044715f * u * u * u)));
+    case RF_ACT_GELU_ERF: return 0.5f * u * erfcf(u * -0.7071067811865476f);
     case RF_ACT_SILU: return u / (1.0f + expf(-u));
     }
     return u;

@@ -146,7 +146,8 @@ static __global__ void __launch_bounds__(THREADS) patchify_kernel(const __grid_c
         const Index dx = in_patch % p.pw, dy = in_patch / p.pw % p.ph, df = in_patch / p.pw / p.ph;
         const Index tx = row % gw, ty = row / gw % gh, tf = row / gw / gh % gf;
         const Index sample = row / gw / gh / gf % (Index)p.batch;
-        const int64_t line = (((int64_t)sample * p.channels + channel) * p.frames + tf * p.pt + df) * p.height + ty * p.ph + dy;
+        const int64_t line =
+            (((int64_t)sample * p.channels + channel) * p.frames + tf * p.pt + df) * p.height + ty * p.ph + dy;
         ((T *)p.out)[at] = rf_from_f32<T>(scale * p.latent[line * p.width + tx * p.pw + dx]);
         if (at + stride < at) break; /* 32-bit wrap */
     }
@@ -155,8 +156,7 @@ static __global__ void __launch_bounds__(THREADS) patchify_kernel(const __grid_c
 extern "C" rf_status rf_patchify_cuda(rf_stream *stream, const rf_patchify_args *args, rf_error *err) {
     rf_status status = stream ? rf_patchify_check_run(args, err) : rf_patchify_check(args, err);
     if (status != RF_OK || !stream || args->batch == 0) return status;
-    const int64_t total =
-        args->branches * args->batch * args->channels * args->frames * args->height * args->width;
+    const int64_t total = args->branches * args->batch * args->channels * args->frames * args->height * args->width;
     const dim3 grid(rf_blocks_for(total, THREADS));
     const bool small = total <= INT32_MAX;
     auto kernel = args->dtype == RF_DTYPE_F32

@@ -5,7 +5,7 @@
  *   bias  [n]                   y_dtype   or NULL
  *   y0    [num_batches][m, n]   y_dtype   row stride ldy; NULL = no addend (beta unused); may be y itself
  *   y     [num_batches][m, n]   y_dtype   row stride ldy; written; may not alias x, w, bias
- * act is applied before the addend. GELU_TANH is 0.5 u (1 + tanh(sqrt(2/pi)(u + 0.044715 u^3))).
+ * act is applied before the addend; CUDA refuses an act together with y0 == y (RF_ERR_UNSUPPORTED). GELU_TANH is 0.5 u (1 + tanh(sqrt(2/pi)(u + 0.044715 u^3))).
  * Batch strides are in elements; 0 shares the operand. w may be shared while x differs.
  * dtype f32 (true fp32 accumulation, no TF32) or bf16; y_dtype f32 or bf16 (bf16 only with bf16 inputs).
  * CUDA: k, ldx, ldw multiples of 8 (bf16) or 4 (f32) take the tensor-core/vector path; others are RF_ERR_SHAPE. */

@@ -48,7 +48,9 @@ static inline cudaError_t rf_allow_shared(const void *kernel, size_t shared_byte
 }
 
 /* Host view of "num / den, rounded up"; also usable on the device. */
-static __host__ __device__ inline int64_t rf_ceil_div(int64_t num, int64_t den) { return (num + den - 1) / den; }
+static __host__ __device__ inline int64_t rf_ceil_div(int64_t num, int64_t den) {
+    return (num + den - 1) / den;
+}
 
 /* A grid-stride loop is used where a launch would pass this many blocks: enough to fill any card several times. */
 #define RF_MAX_BLOCKS (1 << 20)
@@ -59,6 +61,8 @@ static inline unsigned rf_blocks_for(int64_t num, int64_t per_block) {
 }
 
 /* True if p is a multiple of `bytes` (a power of two). */
-static inline bool rf_is_aligned(const void *p, size_t bytes) { return ((uintptr_t)p & (bytes - 1)) == 0; }
+static inline bool rf_is_aligned(const void *p, size_t bytes) {
+    return ((uintptr_t)p & (bytes - 1)) == 0;
+}
 
 #endif

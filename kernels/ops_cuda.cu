@@ -25,4 +25,6 @@ static const rf_ops cuda_table = {
     rf_fill_normal_cuda,
 };
 
-extern "C" const rf_ops *rf_ops_cuda(void) { return &cuda_table; }
+extern "C" const rf_ops *rf_ops_cuda(void) {
+    return &cuda_table;
+}

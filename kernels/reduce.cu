@@ -59,8 +59,7 @@ static __global__ void __launch_bounds__(THREADS) partial_kernel(const __grid_co
 }
 
 /* Thread t has sum t % 4 of blocks t / 4, t / 4 + 64, ... */
-static __global__ void __launch_bounds__(THREADS)
-    finish_kernel(const float *workspace, float *out, int num_blocks) {
+static __global__ void __launch_bounds__(THREADS) finish_kernel(const float *workspace, float *out, int num_blocks) {
     __shared__ double shared[THREADS];
     const float *const from = workspace + (int64_t)blockIdx.x * MAX_BLOCKS * 4;
     double sum = 0.0;
@@ -91,8 +90,8 @@ extern "C" rf_status rf_reduce_pair_cuda(rf_stream *stream, const rf_reduce_pair
     blocks = blocks < 1 ? 1 : blocks > MAX_BLOCKS ? MAX_BLOCKS : blocks;
     auto kernel = args->dtype == RF_DTYPE_F32 ? (vectors ? partial_kernel<float, 4> : partial_kernel<float, 1>)
                                               : (vectors ? partial_kernel<rf_bf16, 4> : partial_kernel<rf_bf16, 1>);
-    status = rf_launch(stream, "reduce_pair", err, kernel, dim3((unsigned)blocks, (unsigned)args->groups), dim3(THREADS),
-                       0, *args);
+    status = rf_launch(stream, "reduce_pair", err, kernel, dim3((unsigned)blocks, (unsigned)args->groups),
+                       dim3(THREADS), 0, *args);
     if (status != RF_OK) return status;
     return rf_launch(stream, "reduce_pair_finish", err, finish_kernel, dim3((unsigned)args->groups), dim3(THREADS), 0,
                      (const float *)args->workspace, args->out, (int)blocks);

@@ -40,7 +40,8 @@ static rf_status copy_rows(rf_stream *stream, const rf_rows_args *args, bool sca
     if (status != RF_OK || !stream || args->num_rows == 0) return status;
     const int64_t row_bytes = args->cols * (int64_t)rf_dtype_bytes(args->dtype);
     auto divides = [&](int64_t bytes) {
-        return row_bytes % bytes == 0 && rf_is_aligned(args->src, (size_t)bytes) && rf_is_aligned(args->dst, (size_t)bytes);
+        return row_bytes % bytes == 0 && rf_is_aligned(args->src, (size_t)bytes) &&
+               rf_is_aligned(args->dst, (size_t)bytes);
     };
     if (divides(16)) return launch<uint4>(stream, args, row_bytes, scatter, err);
     if (divides(8)) return launch<uint2>(stream, args, row_bytes, scatter, err);

@@ -1,7 +1,7 @@
 /* tests/dit/dit_test_util.h - a device to test on, and fixtures as host floats. Header only.
  *
- * RF_TEST_DEVICE names the device (cpu if unset): the same test program checks the CPU and, on a machine with a GPU, CUDA in
- * f32 and bf16. */
+ * The fixtures' small models have heads that no CUDA kernel takes (24 and 16 wide), so they are checked on the CPU; test_cuda.c
+ * then holds CUDA against the CPU on models with heads of 72. */
 #ifndef RF_TESTS_DIT_UTIL_H
 #define RF_TESTS_DIT_UTIL_H
 
@@ -17,29 +17,20 @@ typedef struct {
     rf_error err;
 } dit_device;
 
-static inline dit_device dit_device_open(void) {
+static inline dit_device dit_device_open_named(const char *name) {
     dit_device d = {0};
-    const char *name = getenv("RF_TEST_DEVICE");
-    rf_assert_ok(rf_backend_open(&d.backend, name && name[0] ? name : "cpu", 0, &d.err), d.err);
+    rf_assert_ok(rf_backend_open(&d.backend, name, 0, &d.err), d.err);
     rf_assert_ok(rf_stream_create(&d.stream, d.backend, &d.err), d.err);
     return d;
+}
+
+static inline dit_device dit_device_open(void) {
+    return dit_device_open_named("cpu");
 }
 
 static inline void dit_device_close(dit_device *d) {
     rf_stream_destroy(d->stream);
     rf_backend_close(d->backend);
-}
-
-static inline bool dit_device_is_cuda(const dit_device *d) {
-    return rf_backend_get_kind(d->backend) == RF_BACKEND_CUDA;
-}
-
-/* The dtypes a device computes: f32, and bf16 on CUDA. */
-static inline int dit_device_num_dtypes(const dit_device *d) {
-    return dit_device_is_cuda(d) ? 2 : 1;
-}
-static inline rf_dtype dit_device_dtype(int index) {
-    return index == 0 ? RF_DTYPE_F32 : RF_DTYPE_BF16;
 }
 
 static inline void dit_download(dit_device *d, rf_stream *stream, float *host, const float *device, size_t num) {

@@ -2,14 +2,12 @@
  *
  * Bounds: f32 sums in another order move these outputs by about 3e-7 relative L2 (metadata f32_against_f64 of the fixtures);
  * 1e-5 leaves room for other libraries' sums and fails if shift and scale are swapped (0.77), the frequency shift is wrong (0.23)
- * or the MLP norm reads another eps (7e-3 at eps 0.01). bf16: 1e-2, the rounding of weights and activations. */
+ * or the MLP norm reads another eps (7e-3 at eps 0.01). */
 #include "core/backend.h"
 #include "core/rng.h"
 #include "tests/dit/dit_test_util.h"
 
-static double bound_of(const dit_device *d, rf_dtype dtype) {
-    return dtype == RF_DTYPE_BF16 ? 1e-2 : dit_device_is_cuda(d) ? 1e-4 : 1e-5;
-}
+#define BOUND 1e-5
 
 /* Runs one sample and gives the output in the latent's layout [out_channels, h, w]. */
 typedef struct {
@@ -17,28 +15,25 @@ typedef struct {
     float *taps[8]; /* wanted hidden states after each block, [tokens, width] of this sample; NULL = not checked */
     double bound;
     int num_seen;
-    rf_stream *stream;
-    rf_dtype residual_dtype;
 } tap_check;
 
 static void check_tap(void *user, int block, int part, const void *x, int64_t rows, int64_t width) {
     tap_check *t = user;
-    if (part != 1 || block >= 8 || t->taps[block] == NULL || t->residual_dtype != RF_DTYPE_F32) return;
+    if (part != 1 || block >= 8 || t->taps[block] == NULL) return;
     size_t num = (size_t)(rows * width);
     float *host = rf_alloc(num * sizeof(float));
-    dit_download(t->device, t->stream, host, x, num);
+    dit_download(t->device, t->device->stream, host, x, num);
     rf_assert_close(host, t->taps[block], num, INFINITY, t->bound);
     rf_free(host);
     t->num_seen++;
 }
 
-static void run_one(dit_device *d, const rf_dit_model *model, rf_dtype residual_dtype, int side, const float *latent,
-                    float timestep, int32_t label, float *out, tap_check *taps) {
+static void run_one(dit_device *d, const rf_dit_model *model, int side, const float *latent, float timestep,
+                    int32_t label, float *out, tap_check *taps) {
     rf_dit_session *s = NULL;
     rf_dit_session_options o = rf_dit_session_options_default();
     const rf_dit_desc *desc = &model->desc;
     o.height = o.width = side;
-    o.residual_dtype = residual_dtype;
     rf_assert_ok(rf_dit_session_create(&s, model, d->stream, &o, &d->err), d->err);
     size_t num_in = (size_t)(desc->in_channels * side * side), num_out = (size_t)(desc->out_channels * side * side);
     float *device_latent = dit_upload(d, latent, num_in);
@@ -59,7 +54,7 @@ static void run_one(dit_device *d, const rf_dit_model *model, rf_dtype residual_
 
 /* Every sample of a forward fixture, one by one: they have timesteps of their own. */
 static void check_forward(const char *model_dir, const char *fixture, const char *labels_name, int side, int num_blocks,
-                          bool tight) {
+                          double bound) {
     dit_device d = dit_device_open();
     rf_weights *f = dit_fixture_open(fixture);
     size_t num_labels;
@@ -76,32 +71,20 @@ static void check_forward(const char *model_dir, const char *fixture, const char
     }
     char path[512];
     snprintf(path, sizeof path, "%s/%s/transformer", RF_FIXTURE_DIR, model_dir);
-    for (int i = 0; i < dit_device_num_dtypes(&d); i++) {
-        rf_dtype dtype = dit_device_dtype(i);
-        rf_dit_model *model = NULL;
-        rf_assert_ok(rf_dit_model_load(&model, d.backend, path, dtype, &d.err), d.err);
-        int tokens = (side / model->desc.ph) * (side / model->desc.pw);
-        size_t in = (size_t)(model->desc.in_channels * side * side),
-               out = (size_t)(model->desc.out_channels * side * side);
-        float *got = rf_alloc(out * sizeof(float));
-        double bound = tight ? bound_of(&d, dtype) : 1e-2;
-        for (size_t n = 0; n < num_labels; n++) {
-            tap_check taps = {.device = &d, .bound = bound, .stream = d.stream, .residual_dtype = RF_DTYPE_F32};
-            for (int b = 0; b < num_blocks; b++)
-                taps.taps[b] = blocks[b] + n * (size_t)tokens * (size_t)model->desc.width;
-            run_one(&d, model, RF_DTYPE_F32, side, latents + n * in, timesteps[n], (int32_t)((int64_t *)labels.data)[n],
-                    got, &taps);
-            rf_assert_close(got, want + n * out, out, INFINITY, bound);
-            ck_assert_int_eq(taps.num_seen, num_blocks);
-            if (dtype == RF_DTYPE_BF16) { /* the residual stream in bf16 as well: one more rounding a part */
-                run_one(&d, model, RF_DTYPE_BF16, side, latents + n * in, timesteps[n],
-                        (int32_t)((int64_t *)labels.data)[n], got, NULL);
-                rf_assert_close(got, want + n * out, out, INFINITY, 2e-2);
-            }
-        }
-        rf_free(got);
-        rf_dit_model_close(model);
+    rf_dit_model *model = NULL;
+    rf_assert_ok(rf_dit_model_load(&model, d.backend, path, RF_DTYPE_F32, &d.err), d.err);
+    int tokens = (side / model->desc.ph) * (side / model->desc.pw);
+    size_t in = (size_t)(model->desc.in_channels * side * side), out = (size_t)(model->desc.out_channels * side * side);
+    float *got = rf_alloc(out * sizeof(float));
+    for (size_t n = 0; n < num_labels; n++) {
+        tap_check taps = {.device = &d, .bound = bound};
+        for (int b = 0; b < num_blocks; b++) taps.taps[b] = blocks[b] + n * (size_t)tokens * (size_t)model->desc.width;
+        run_one(&d, model, side, latents + n * in, timesteps[n], (int32_t)((int64_t *)labels.data)[n], got, &taps);
+        rf_assert_close(got, want + n * out, out, INFINITY, bound);
+        ck_assert_int_eq(taps.num_seen, num_blocks);
     }
+    rf_free(got);
+    rf_dit_model_close(model);
     for (int b = 0; b < num_blocks; b++) rf_free(blocks[b]);
     rf_free(latents);
     rf_free(timesteps);
@@ -111,24 +94,24 @@ static void check_forward(const char *model_dir, const char *fixture, const char
 }
 
 START_TEST(forward_matches_diffusers_block_by_block) {
-    check_forward("dit-tiny", "dit_forward.safetensors", "class_labels", 8, 3, true);
+    check_forward("dit-tiny", "dit_forward.safetensors", "class_labels", 8, 3, BOUND);
 }
 END_TEST
 
 START_TEST(forward_matches_diffusers_at_another_size) {
-    check_forward("dit-tiny", "dit_forward_12x12.safetensors", "class_labels", 12, 0, true);
+    check_forward("dit-tiny", "dit_forward_12x12.safetensors", "class_labels", 12, 0, BOUND);
 }
 END_TEST
 
 START_TEST(forward_matches_the_original_layout) {
-    check_forward("dit-tiny-original", "dit_original_forward.safetensors", "labels", 8, 2, true);
+    check_forward("dit-tiny-original", "dit_original_forward.safetensors", "labels", 8, 2, BOUND);
 }
 END_TEST
 
 /* The same weights stored in 16 bits: rounding of the weights alone, 2^-11 (f16) and 2^-8 (bf16) relative each. */
 START_TEST(weights_in_f16_and_bf16_load) {
-    check_forward("dit-tiny-f16", "dit_forward.safetensors", "class_labels", 8, 0, false);
-    check_forward("dit-tiny-bf16", "dit_forward.safetensors", "class_labels", 8, 0, false);
+    check_forward("dit-tiny-f16", "dit_forward.safetensors", "class_labels", 8, 0, 1e-2);
+    check_forward("dit-tiny-bf16", "dit_forward.safetensors", "class_labels", 8, 0, 1e-2);
 }
 END_TEST
 
@@ -142,8 +125,8 @@ START_TEST(norm_eps_of_the_config_reaches_the_mlp_norm) {
     rf_assert_ok(rf_dit_model_load(&model, d.backend, RF_FIXTURE_DIR "/dit-tiny/transformer", RF_DTYPE_F32, &d.err),
                  d.err);
     model->desc.groups[0].parts[1].norm_eps = 0.01;
-    run_one(&d, model, RF_DTYPE_F32, 8, latents, timesteps[0], 1, got, NULL);
-    rf_assert_close(got, want, 8 * 8 * 8, INFINITY, bound_of(&d, RF_DTYPE_F32));
+    run_one(&d, model, 8, latents, timesteps[0], 1, got, NULL);
+    rf_assert_close(got, want, 8 * 8 * 8, INFINITY, BOUND);
     rf_dit_model_close(model);
     rf_free(latents);
     rf_free(timesteps);
@@ -310,7 +293,7 @@ START_TEST(synthetic_models_have_the_published_size_and_run) {
     rf_assert_ok(rf_dit_model_synthetic(&model, d.backend, &desc, RF_DTYPE_F32, 3, &d.err), d.err);
     float latent[4 * 32 * 32], out[8 * 32 * 32];
     rf_rng_normal_at(9, 0, 0, latent, 4 * 32 * 32);
-    run_one(&d, model, RF_DTYPE_F32, 32, latent, 500, 7, out, NULL);
+    run_one(&d, model, 32, latent, 500, 7, out, NULL);
     double sum = 0;
     for (int i = 0; i < 8 * 32 * 32; i++) sum += (double)out[i] * out[i];
     ck_assert_double_gt(sum / (8 * 32 * 32), 0.05);

@@ -1,7 +1,6 @@
 /* tests/dit/test_pipeline.c - whole runs against diffusers' DiTPipeline and a hand-written loop of the original DiT.
  *
- * Bounds: f32 PSNR at least 60 dB over pictures in 0..1; measured floors of the fixtures are near 120 dB. bf16 has no bound of that
- * kind: over 20 guided steps its rounding moves pictures visibly. CPU and CUDA agree to 50 dB because both meet this fixture. */
+ * Bound: PSNR at least 60 dB over pictures in 0..1; the fixtures' own floors are near 120 dB. */
 #include "core/image.h"
 #include "core/rng.h"
 #include "tests/dit/dit_test_util.h"
@@ -61,7 +60,7 @@ START_TEST(a_run_matches_the_reference_pipeline) {
     snprintf(name, sizeof name, "%s.final", c->run);
     float *want = dit_fixture_f32(f, name, &num_latents), *latents = rf_alloc(num_latents * sizeof(float));
     rf_assert_ok(rf_image_session_read_latents(s, latents, &d.err), d.err);
-    rf_assert_close(latents, want, num_latents, INFINITY, dit_device_is_cuda(&d) ? 1e-3 : 1e-4);
+    rf_assert_close(latents, want, num_latents, INFINITY, 1e-4);
     snprintf(name, sizeof name, "%s.image", c->run);
     float *want_image = dit_fixture_f32(f, name, &num_pixels), *image = rf_alloc(num_pixels * sizeof(float));
     rf_assert_ok(rf_image_session_decode(s, image, &d.err), d.err);
@@ -102,13 +101,11 @@ START_TEST(the_same_seed_gives_the_same_bits) {
     o.vae_batch = 2; /* the last group overlaps */
     int classes[3] = {0, 4, 2};
     uint64_t seeds[3] = {7, 8, 9};
-    for (int i = 0; i < dit_device_num_dtypes(&d); i++) {
-        static float a[3 * PICTURE], b[3 * PICTURE];
-        sample(&d, dit_device_dtype(i), &o, classes, seeds, a);
-        sample(&d, dit_device_dtype(i), &o, classes, seeds, b);
-        ck_assert(memcmp(a, b, sizeof a) == 0);
-        ck_assert(memcmp(a, a + PICTURE, sizeof(float) * PICTURE) != 0);
-    }
+    static float a[3 * PICTURE], b[3 * PICTURE];
+    sample(&d, RF_DTYPE_F32, &o, classes, seeds, a);
+    sample(&d, RF_DTYPE_F32, &o, classes, seeds, b);
+    ck_assert(memcmp(a, b, sizeof a) == 0);
+    ck_assert(memcmp(a, a + PICTURE, sizeof(float) * PICTURE) != 0);
     dit_device_close(&d);
 }
 END_TEST
@@ -126,26 +123,6 @@ START_TEST(an_image_of_a_batch_is_the_image_alone) {
     o.batch = 1;
     sample(&d, RF_DTYPE_F32, &o, classes + 1, seeds + 1, alone);
     rf_assert_close(both + PICTURE, alone, PICTURE, 1e-3, 1e-4);
-    dit_device_close(&d);
-}
-END_TEST
-
-/* A graph replays what the direct calls do. */
-START_TEST(graphs_change_no_bit) {
-    dit_device d = dit_device_open();
-    rf_image_options o = rf_image_options_default();
-    o.num_steps = 6;
-    o.sampler = RF_SAMPLER_DDPM;
-    int class_id = 1;
-    uint64_t seed = 5;
-    static float with[PICTURE], without[PICTURE];
-    for (int i = 0; i < dit_device_num_dtypes(&d); i++) {
-        o.use_graphs = true;
-        sample(&d, dit_device_dtype(i), &o, &class_id, &seed, with);
-        o.use_graphs = false;
-        sample(&d, dit_device_dtype(i), &o, &class_id, &seed, without);
-        ck_assert(memcmp(with, without, sizeof with) == 0);
-    }
     dit_device_close(&d);
 }
 END_TEST
@@ -263,7 +240,6 @@ int main(void) {
     tcase_add_loop_test(tc, a_run_matches_the_reference_pipeline, 0, (int)(sizeof run_cases / sizeof *run_cases));
     tcase_add_test(tc, the_same_seed_gives_the_same_bits);
     tcase_add_test(tc, an_image_of_a_batch_is_the_image_alone);
-    tcase_add_test(tc, graphs_change_no_bit);
     tcase_add_test(tc, guidance_and_eta_change_the_picture);
     tcase_add_test(tc, a_callback_can_stop_a_run);
     tcase_add_test(tc, classes_are_found_by_name_number_and_synonym);

@@ -344,7 +344,14 @@ START_TEST(listed_keys_equal_packed_keys) {
         a.workspace = dev_bytes(need);
     }
     expect_ok(test_ops()->attention(test_stream(), &a, &err));
-    expect_same_bits(&a_out, &b_out, "attention", "identity list");
+    if (test_is_cuda() && dtype == RF_DTYPE_BF16) { /* lists run in other tiles: another order of sums, one rounding */
+        op_download(&a_out);
+        double *want = host_doubles(Q * D);
+        for (int i = 0; i < Q * D; i++) want[i] = a_out.host[i];
+        expect_close(&b_out, want, dtype_bound(dtype), "attention", "identity list");
+    } else {
+        expect_same_bits(&a_out, &b_out, "attention", "identity list");
+    }
 }
 END_TEST
 
