@@ -67,7 +67,7 @@ rf_dit_session_options rf_dit_session_options_default(void) {
                                     .branches = 1,
                                     .frames = 1,
                                     .max_steps = 1,
-                                    .residual_dtype = RF_DTYPE_F32,
+                                    .residual_dtype = RF_DTYPE_COUNT,
                                     .modulation_budget_bytes = (size_t)1 << 30};
 }
 
@@ -392,7 +392,7 @@ static rf_status check_options(const rf_dit_model *model, const rf_dit_session_o
         return rf_fail(err, RF_ERR_ARGUMENT,
                        "latent of %lld x %lld x %lld, expected multiples of the patch %d x %d x %d up to 4096",
                        (long long)o->frames, (long long)o->height, (long long)o->width, d->pt, d->ph, d->pw);
-    if (o->residual_dtype != RF_DTYPE_F32 && o->residual_dtype != model->dtype)
+    if (o->residual_dtype != RF_DTYPE_F32 && o->residual_dtype != RF_DTYPE_COUNT && o->residual_dtype != model->dtype)
         return rf_fail(err, RF_ERR_DTYPE, "residual dtype %s, expected f32 or the model's %s",
                        rf_dtype_name(o->residual_dtype), rf_dtype_name(model->dtype));
     return check_supported(d, err);
@@ -465,6 +465,7 @@ rf_status rf_dit_session_create(rf_dit_session **out, const rf_dit_model *model,
     s->ops = rf_ops_for(rf_stream_backend(stream));
     s->stream = stream;
     s->options = *options;
+    if (s->options.residual_dtype == RF_DTYPE_COUNT) s->options.residual_dtype = model->dtype;
     s->samples = options->branches * options->batch;
     s->tokens = (options->frames / d->pt) * (options->height / d->ph) * (options->width / d->pw);
     s->rows = s->samples * s->tokens;

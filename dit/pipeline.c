@@ -426,7 +426,7 @@ rf_status rf_image_session_create(rf_image_session **out, const rf_image_model *
     forward.height = s->height;
     forward.width = s->width;
     forward.max_steps = options->num_steps;
-    forward.residual_dtype = options->residual_dtype == RF_DTYPE_COUNT ? RF_DTYPE_F32 : options->residual_dtype;
+    forward.residual_dtype = options->residual_dtype;
     if (st == RF_OK) st = rf_dit_session_create(&s->dit, model->dit, s->stream, &forward, err);
     if (st == RF_OK) st = queue_solver(s, NULL, err);
     s->vae_batch = options->vae_batch ? options->vae_batch : cuda ? 4 : 1;

@@ -47,7 +47,7 @@ typedef struct {
     rf_sigmas sigmas;
     rf_rng_kind rng;
     int height, width;       /* pixels; 0 = the model's */
-    rf_dtype residual_dtype; /* RF_DTYPE_COUNT = chosen by the backend */
+    rf_dtype residual_dtype; /* f32 or the model's; RF_DTYPE_COUNT = the model's */
     int vae_batch;           /* pictures decoded at once; 0 = chosen */
     bool use_graphs;         /* CUDA: replay captured steps; default true */
     bool tune_gemm;          /* CUDA: time GEMM algorithms while planning (kernels/gemm.h); default false */

@@ -1,6 +1,7 @@
 /* kernels/attention.cu - the attention entry point: which kernel runs; and the two small companions, merge and softmax.
- * Choice   f32: the plain kernel. bf16: wgmma where it is faster (sm_90, dense keys, no mask, at least 64 query rows), else
- *          mma.sync with the tile that its own chooser picks. args->kernel forces one; what it cannot run is an error.
+ * Choice   f32: the plain kernel. bf16: wgmma where it is faster (sm_90, dense keys, no mask, at least 64 query rows),
+ *          else mma.sync with the tile that its own chooser picks. args->kernel forces one; what it cannot run is an
+ *          error.
  * Checked  tests/kernels against the CPU table. */
 #include <cuda_runtime.h>
 #include <limits.h>
@@ -60,7 +61,8 @@ rf_attention_params rf_attention_make_params(const rf_attention_args *args) {
     return p;
 }
 
-/* The one place that says which kernel runs, and whether one can. sm, num_sms: 0 where no device is known (plan time). */
+/* The one place that says which kernel runs, and whether one can. sm, num_sms: 0 where no device is known (plan time).
+ * */
 static rf_status choose(const rf_attention_args *args, int sm, int num_sms, rf_attention_kernel *kernel,
                         rf_attention_mma_plan *plan, rf_error *err) {
     if (args->kernel == RF_ATTENTION_WGMMA) {
@@ -120,7 +122,7 @@ extern "C" size_t rf_attention_workspace_cuda(rf_backend *backend, const rf_atte
     return rf_attention_mma_workspace(args, rf_backend_num_sms(backend));
 }
 
-/* --- merge ---------------------------------------------------------------------------------------------------------- */
+/* --- merge -------------------------------------------------------------------------------------------------------- */
 
 /* A warp per (row, head). VEC neighbours a lane. */
 template <class A, class T, int VEC>
@@ -176,12 +178,12 @@ extern "C" rf_status rf_attention_merge_cuda(rf_stream *stream, const rf_attenti
     return launch_merge<rf_bf16, rf_bf16>(stream, args, err);
 }
 
-/* --- softmax -------------------------------------------------------------------------------------------------------- */
+/* --- softmax ------------------------------------------------------------------------------------------------------ */
 
 static constexpr int SOFTMAX_THREADS = 256;
 
-/* A block per row; three passes, the later two from L1 or L2. A thread reads and writes its own columns only, so y may be
- * x. VEC 4 needs cols % 4 == 0. */
+/* A block per row; three passes, the later two from L1 or L2. A thread reads and writes its own columns only, so y may
+ * be x. VEC 4 needs cols % 4 == 0. */
 template <class Y, int VEC>
 static __global__ void __launch_bounds__(SOFTMAX_THREADS) softmax_kernel(const __grid_constant__ rf_softmax_args p) {
     __shared__ float shared[2][SOFTMAX_THREADS / 32];

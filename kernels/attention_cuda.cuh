@@ -1,8 +1,8 @@
 /* kernels/attention_cuda.cuh - what the attention kernels share; private to attention*.cu.
  *
- * Query heads that share a key head are packed: a block works on "packed rows" r of one (batch, key head), where packed row
- * r is query r / group under query head kv_head * group + r % group, group = num_q_heads / num_kv_heads. So K and V are
- * read once for the whole group. */
+ * Query heads that share a key head are packed: a block works on "packed rows" r of one (batch, key head), where
+ * packed row r is query r / group under query head kv_head * group + r % group, group = num_q_heads / num_kv_heads. So
+ * K and V are read once for the whole group. */
 #ifndef RF_KERNELS_ATTENTION_CUDA_CUH
 #define RF_KERNELS_ATTENTION_CUDA_CUH
 

@@ -2,8 +2,8 @@
  * Maths    Online softmax over tiles of 32 keys in base e: m the running row maximum, l = sum p, p = exp(s - m),
  *          o = sum p v; out = o / l, lse = m + ln l.
  * Shapes   head_dim any multiple of 4 up to 128; strides multiples of 4, 16-byte aligned bases.
- * Launch   grid (tiles of 16 packed rows, key heads, batch), 128 threads: eight to a row. Scores: thread j of a row takes
- *          keys j, j + 8, ...; p v: columns 4 j, 4 j + 32, ...
+ * Launch   grid (tiles of 16 packed rows, key heads, batch), 128 threads: eight to a row. Scores: thread j of a row
+ *          takes keys j, j + 8, ...; p v: columns 4 j, 4 j + 32, ...
  * Shared   q, k, v rows padded by 16 bytes (eight rows at one column meet no bank twice), scores, key rows: 45 KB.
  * Arch     sm_80 and later.  Checked  tests/kernels against the CPU table. */
 #include <cuda_runtime.h>

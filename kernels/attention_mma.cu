@@ -1,20 +1,21 @@
 /* kernels/attention_mma.cu - attention on bf16 tensor cores (mma.sync), every feature of kernels/attention.h.
- * Maths    Online softmax over tiles of 64 keys: m the running row maximum, l = sum p, p = 2^(c s - c m), c = scale log2 e;
- *          o = sum p v; at the end out = o / l, lse = (c m + log2 l) ln 2. m may lag behind the true maximum by 8 / c (so
- *          p <= 2^8): o and l are rescaled only when a row outgrows that. Each row decides for itself, so that its bits
- *          do not depend on which rows share its block.
+ * Maths    Online softmax over tiles of 64 keys: m the running row maximum, l = sum p, p = 2^(c s - c m), c = scale
+ *          log2 e; o = sum p v; at the end out = o / l, lse = (c m + log2 l) ln 2. m may lag behind the true maximum
+ *          by 8 / c (so p <= 2^8): o and l are rescaled only when a row outgrows that. Each row decides for itself, so
+ *          that its bits do not depend on which rows share its block.
  * Shapes   q, k, v, out bf16, rows of head_dim in {64, 72, 80, 96, 128}; strides multiples of 8; 16-byte aligned bases.
  * Launch   grid (tiles of packed rows, key heads, batch * splits); a warp owns 16 * MT packed rows of q; K and V tiles
  *          come by cp.async into a ring of two stages. Two barriers a tile: "stage is full", "stage is free again".
  *          KG = 2: two sets of warps take alternate key tiles, each with its own ring, and merge at the end.
- * Shared   rows of 144, 176 and 208 bytes (head_dim 72, 80, 96): stride / 16 is odd, ldmatrix meets no bank twice. Rows of
- *          128 and 256 bytes: 16-byte chunk c of row r lies at chunk c ^ (r & 7).
- * Masks    Only tiles that cross a bound take the masked form of the tile step; tiles past every row's limit are skipped.
- * Bits     A row's result depends on its keys and on which of three ways they are walked: one after the other (tiles of 32,
- *          64 and 128 rows agree bit for bit), in two alternating halves, or in splits. The way is chosen by shapes alone,
- *          so that a list of all keys gives the bits of no list.
- * Splits   With few blocks the keys are cut into splits; each writes (o / l, log2-sum) in f32, combine_kernel joins them in
- *          split order.
+ * Shared   rows of 144, 176 and 208 bytes (head_dim 72, 80, 96): stride / 16 is odd, ldmatrix meets no bank twice.
+ *          Rows of 128 and 256 bytes: 16-byte chunk c of row r lies at chunk c ^ (r & 7).
+ * Masks    Only tiles that cross a bound take the masked form of the tile step; tiles past every row's limit are
+ *          skipped.
+ * Bits     A row's result depends on its keys and on which of three ways they are walked: one after the other (tiles
+ *          of 32, 64 and 128 rows agree bit for bit), in two alternating halves, or in splits. The way is chosen by
+ *          shapes alone, so that a list of all keys gives the bits of no list.
+ * Splits   With few blocks the keys are cut into splits; each writes (o / l, log2-sum) in f32, combine_kernel joins
+ *          them in split order.
  * Arch     sm_80 and later.
  * Checked  tests/kernels against the CPU table. */
 #include <cuda_bf16.h>
@@ -32,7 +33,7 @@
 static constexpr int KEYS = 64;  /* keys of a tile */
 static constexpr int STAGES = 2; /* tiles in flight */
 
-/* --- instructions --------------------------------------------------------------------------------------------------- */
+/* --- instructions ------------------------------------------------------------------------------------------------- */
 
 /* 16 bytes global -> shared; zeros if num_bytes is 0 (src must still be a valid address). */
 static __device__ __forceinline__ void copy16(uint32_t dst, const void *src, int num_bytes) {
@@ -83,7 +84,7 @@ static __device__ __forceinline__ float exp2_approx(float x) {
     return y;
 }
 
-/* --- tiles ---------------------------------------------------------------------------------------------------------- */
+/* --- tiles -------------------------------------------------------------------------------------------------------- */
 
 template <int HD, int MT, int WARPS, int KG, bool INDEXED> struct tile_shape {
     static constexpr int CHUNKS = HD / 8; /* of 16 bytes */
@@ -109,8 +110,9 @@ template <class Shape> static __device__ __forceinline__ int chunk_offset(int ro
     return row * Shape::LD + (Shape::SWIZZLED ? chunk ^ (row & 7) : chunk) * 16;
 }
 
-/* Visits every 16-byte chunk of NUM_ROWS rows with one warp: eight lanes a row, so that each request covers whole 128-byte
- * runs, then the chunks past a multiple of eight. f(row, chunk, active) is called by the whole warp; row <= 31 always. */
+/* Visits every 16-byte chunk of NUM_ROWS rows with one warp: eight lanes a row, so that each request covers whole
+ * 128-byte runs, then the chunks past a multiple of eight. f(row, chunk, active) is called by the whole warp; row <=
+ * 31 always. */
 template <int CHUNKS, int NUM_ROWS, class F> static __device__ __forceinline__ void for_each_chunk(int lane, F f) {
 #pragma unroll
     for (int i = 0; i < NUM_ROWS / 4; i++) {
@@ -147,7 +149,7 @@ static __device__ __forceinline__ int key_limit(const rf_attention_params &p, in
     return (int)(limit < INT_MAX ? limit : INT_MAX);
 }
 
-/* --- kernel --------------------------------------------------------------------------------------------------------- */
+/* --- kernel ------------------------------------------------------------------------------------------------------- */
 
 template <int HD, int MT, int WARPS, int KG, bool INDEXED, int MIN_BLOCKS>
 static __global__ void __launch_bounds__(WARPS * 32 * KG, MIN_BLOCKS)
@@ -212,7 +214,8 @@ static __global__ void __launch_bounds__(WARPS * 32 * KG, MIN_BLOCKS)
     const int num_tiles = max(0, (tile_end - tile_begin - set + KG - 1) / KG);
 
     /* Row limits. Consecutive keys: compared with the key's index; indexed keys: with its row (unused keys have row
-     * INT_MAX). free_keys: every row of the warp sees all keys before it; seen_keys: no row sees a key from there on. */
+     * INT_MAX). free_keys: every row of the warp sees all keys before it; seen_keys: no row sees a key from there on.
+     * */
     int free_keys, seen_keys;
     if (INDEXED) {
         free_keys = p.mask == RF_MASK_NONE ? len : 0;
@@ -230,8 +233,8 @@ static __global__ void __launch_bounds__(WARPS * 32 * KG, MIN_BLOCKS)
         row_limit[t][1] = __shfl_sync(0xffffffffu, lane_limit, t * 16 + lane / 4 + 8);
     }
 
-    /* Loads of tile j of this set into stage `stage`; warp w brings keys w * WARP_KEYS .. + WARP_KEYS - 1. Indexed keys:
-     * `row` is the row of the lane's key, fetched a tile ahead. */
+    /* Loads of tile j of this set into stage `stage`; warp w brings keys w * WARP_KEYS .. + WARP_KEYS - 1. Indexed
+     * keys: `row` is the row of the lane's key, fetched a tile ahead. */
     const char *const k_base = (const char *)p.k + (batch * p.kv_batch_stride + head * p.kv_head_stride) * 2;
     const char *const v_base = (const char *)p.v + (batch * p.kv_batch_stride + head * p.kv_head_stride) * 2;
     const int64_t row_bytes = p.kv_row_stride * 2;
@@ -307,8 +310,8 @@ static __global__ void __launch_bounds__(WARPS * 32 * KG, MIN_BLOCKS)
         sum[t][0] = sum[t][1] = 0.0f;
     }
 
-    /* Lane parts of ldmatrix addresses: matrix i = lane / 8, row r = lane % 8. K (and q) walk head_dim by k16 steps, V by
-     * pairs of n8 tiles; with swizzled rows a step is an exclusive or, else a sum. */
+    /* Lane parts of ldmatrix addresses: matrix i = lane / 8, row r = lane % 8. K (and q) walk head_dim by k16 steps, V
+     * by pairs of n8 tiles; with swizzled rows a step is an exclusive or, else a sum. */
     const int mat = lane >> 3, mat_row = lane & 7;
     const uint32_t k_lane = chunk_offset<Shape>((mat >> 1) * 8 + mat_row, mat & 1);
     const uint32_t v_lane = chunk_offset<Shape>((mat & 1) * 8 + mat_row, mat >> 1);
@@ -484,7 +487,8 @@ static __global__ void __launch_bounds__(WARPS * 32 * KG, MIN_BLOCKS)
             sum[t][h] += __shfl_xor_sync(0xffffffffu, sum[t][h], 2);
         }
 
-    /* Two sets: the second hands its state over lane by lane (the same lane holds the same elements), the first joins. */
+    /* Two sets: the second hands its state over lane by lane (the same lane holds the same elements), the first joins.
+     * */
     if (KG == 2) {
         float *const hand = reinterpret_cast<float *>(shared + Shape::GROUP_BYTES + Shape::Q_BYTES) +
                             threadIdx.x % Shape::GROUP_THREADS;
@@ -620,7 +624,7 @@ static __global__ void __launch_bounds__(128) combine_kernel(const __grid_consta
             sum == 0.0f ? -INFINITY : (top + log2f(sum)) * 0.6931471805599453f;
 }
 
-/* --- launch --------------------------------------------------------------------------------------------------------- */
+/* --- launch ------------------------------------------------------------------------------------------------------- */
 
 /* stream NULL: raises the kernel's shared-memory limit on the current device, if there is one, and returns. */
 template <int HD, int MT, int WARPS, int KG, bool INDEXED, int MIN_BLOCKS>
@@ -692,7 +696,7 @@ rf_status rf_attention_mma_run(rf_stream *stream, const rf_attention_args *args,
                      0, p);
 }
 
-/* --- chooser -------------------------------------------------------------------------------------------------------- */
+/* --- chooser ------------------------------------------------------------------------------------------------------ */
 
 /* Key splits for a grid of `blocks` that may run `per_sm` to an SM; each split has at least min_tiles tiles. */
 static int choose_splits(int64_t blocks, int num_sms, int per_sm, int64_t tiles, int min_tiles) {

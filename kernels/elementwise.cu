@@ -13,7 +13,7 @@
 
 static constexpr int THREADS = 256;
 
-/* --- map ------------------------------------------------------------------------------------------------------------ */
+/* --- map ---------------------------------------------------------------------------------------------------------- */
 
 /* VEC neighbours of one row a turn. */
 template <class X, class A, class Y, int VEC>
@@ -100,7 +100,7 @@ extern "C" rf_status rf_elementwise_cuda(rf_stream *stream, const rf_elementwise
                                          : launch_add<rf_bf16, rf_bf16>(stream, args, err);
 }
 
-/* --- timestep embedding --------------------------------------------------------------------------------------------- */
+/* --- timestep embedding ------------------------------------------------------------------------------------------- */
 
 /* A thread per (timestep, frequency). In f32 like the reference implementations: the angle's rounding is part of what
  * models were trained on. */
@@ -130,7 +130,7 @@ extern "C" rf_status rf_timestep_embed_cuda(rf_stream *stream, const rf_timestep
                      log_period);
 }
 
-/* --- patch rows ----------------------------------------------------------------------------------------------------- */
+/* --- patch rows --------------------------------------------------------------------------------------------------- */
 
 /* A thread per output element. Index is 32 bits wide where all elements fit, since divisions dominate. */
 template <class T, class Index>

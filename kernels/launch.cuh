@@ -33,8 +33,8 @@ static rf_status rf_launch(rf_stream *stream, const char *label, rf_error *err, 
     return RF_OK;
 }
 
-/* Lets a kernel use more than 48 KB of dynamic shared memory: once per kernel and device. `done` is one bit per device, a
- * static of the caller. Safe from several threads: the attribute may be set twice, never to another value. */
+/* Lets a kernel use more than 48 KB of dynamic shared memory: once per kernel and device. `done` is one bit per
+ * device, a static of the caller. Safe from several threads: the attribute may be set twice, never to another value. */
 static inline cudaError_t rf_allow_shared(const void *kernel, size_t shared_bytes, std::atomic<uint64_t> *done) {
     if (shared_bytes <= 48 * 1024) return cudaSuccess;
     int device = 0;

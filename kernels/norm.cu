@@ -1,7 +1,7 @@
 /* kernels/norm.cu - row norms with modulation, and the gated residual fused with the norm that follows it.
  * Maths    s = base + gate * sum_t w_t term_t (f32);  x = s rounded;  n = (s - mean) / sqrt(var + eps) or s / rms;
- *          y = ((n * weight + bias) * (1 + scale) + shift) rounded. Two passes over registers: mean, then sums of d and d^2
- *          with d = s - mean; the sum of d takes back the rounding of the mean.
+ *          y = ((n * weight + bias) * (1 + scale) + shift) rounded. Two passes over registers: mean, then sums of d
+ *          and d^2 with d = s - mean; the sum of d takes back the rounding of the mean.
  * Shapes   x [., cols], terms, y [num_rows, cols]; cols % 4 == 0, <= 16384; modulation offsets and stride % 4 == 0.
  * Launch   cols <= 1152: a warp per row, 4 rows a block; above: a block of 128 to 512 threads per row. The row lives in
  *          registers, NV vectors of four a thread, and all its loads, tables included, are issued before the first
@@ -15,7 +15,7 @@
 #include "kernels/launch.cuh"
 #include "kernels/ops_cuda.h"
 
-/* --- kernel --------------------------------------------------------------------------------------------------------- */
+/* --- kernel ------------------------------------------------------------------------------------------------------- */
 
 /* Four neighbours as they lie in memory. */
 template <class T> struct raw4;
@@ -231,7 +231,7 @@ static __global__ void __launch_bounds__(ROW_THREADS == 32 ? 128 : ROW_THREADS)
     }
 }
 
-/* --- launch --------------------------------------------------------------------------------------------------------- */
+/* --- launch ------------------------------------------------------------------------------------------------------- */
 
 template <class X, class Y, class T>
 static rf_status launch(rf_stream *stream, const char *label, const rf_residual_args &p, bool write_x, rf_error *err) {

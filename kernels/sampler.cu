@@ -1,7 +1,9 @@
 /* kernels/sampler.cu - end of a denoising step, step counter, counter-based normal draws.
- * Maths    kernels/sampler.h; the draws are those of core/rng.c (Philox4x32-10, block = index / 4, Box-Muller in double).
+ * Maths    kernels/sampler.h; the draws are those of core/rng.c (Philox4x32-10, block = index / 4, Box-Muller in
+ *          double).
  * Launch   sampler_step: a thread per latent element; step_advance: one block; fill_normal: a thread per four draws.
- * Cost     4 * latent bytes read or written; model_out is gathered through L2. fill_normal is bound by double arithmetic.
+ * Cost     4 * latent bytes read or written; model_out is gathered through L2. fill_normal is bound by double
+ *          arithmetic.
  * Arch     sm_80 and later.  Checked  tests/kernels against the CPU table. */
 #include <cuda_runtime.h>
 
@@ -12,7 +14,7 @@
 
 static constexpr int THREADS = 256;
 
-/* --- solver update -------------------------------------------------------------------------------------------------- */
+/* --- solver update ------------------------------------------------------------------------------------------------ */
 
 template <class T, class Index>
 static __global__ void __launch_bounds__(THREADS) sampler_step_kernel(const __grid_constant__ rf_sampler_step_args p) {
@@ -69,7 +71,7 @@ extern "C" rf_status rf_sampler_step_cuda(rf_stream *stream, const rf_sampler_st
     return rf_launch(stream, "sampler_step", err, kernel, grid, dim3(THREADS), 0, *args);
 }
 
-/* --- step counter --------------------------------------------------------------------------------------------------- */
+/* --- step counter ------------------------------------------------------------------------------------------------- */
 
 static __global__ void __launch_bounds__(THREADS) step_advance_kernel(const __grid_constant__ rf_step_advance_args p) {
     const int32_t step = *p.step + p.increment;
@@ -85,7 +87,7 @@ extern "C" rf_status rf_step_advance_cuda(rf_stream *stream, const rf_step_advan
     return rf_launch(stream, "step_advance", err, step_advance_kernel, dim3(1), dim3(THREADS), 0, *args);
 }
 
-/* --- normal draws --------------------------------------------------------------------------------------------------- */
+/* --- normal draws ------------------------------------------------------------------------------------------------- */
 
 /* Counter (block, key), 64 bits each; two key words from the seed: philox_block in core/rng.c. */
 static __device__ __forceinline__ void philox_block(uint64_t seed, uint64_t key, uint64_t block, uint32_t out[4]) {

@@ -29,7 +29,7 @@
 #define HOST_COPY     ((size_t)64 << 20)
 
 typedef struct {
-    const char *model, *synthetic, *what, *batches, *format, *device, *dtype, *tuning;
+    const char *model, *synthetic, *what, *batches, *format, *device, *dtype, *residual, *tuning;
     int64_t num_runs, num_steps, width, height, threads;
     double cfg_scale;
     bool tune, floors, quiet;
@@ -56,6 +56,7 @@ static args_result read_args(bench_args *a, int argc, char **argv) {
                       .format = "md",
                       .device = "auto",
                       .dtype = "auto",
+                      .residual = "auto",
                       .num_runs = DEFAULT_RUNS,
                       .num_steps = 20,
                       .cfg_scale = 4};
@@ -76,6 +77,8 @@ static args_result read_args(bench_args *a, int argc, char **argv) {
         arg_string("gemm-tuning", 0, "FILE", "kept choices (default: the user's cache folder)", &a->tuning),
         arg_string("device", 0, "NAME", "auto, cpu, cuda, cuda:N (default: auto)", &a->device),
         arg_choice("dtype", 0, "auto, f32, bf16 (default: bf16 on CUDA, else f32)", &a->dtype, "auto f32 bf16"),
+        arg_choice("residual", 0, "dtype of the residual stream: auto, f32, bf16 (default: --dtype)", &a->residual,
+                   "auto f32 bf16"),
         arg_int("threads", 't', "N", "CPU threads (default: all)", &a->threads, 1, 1024),
         arg_flag("quiet", 'q', "say nothing but errors and results", &a->quiet),
         arg_count("verbose", 'v', "say more; twice for debugging", &a->verbosity),
@@ -226,6 +229,7 @@ static rf_status prepare_forward(bench *b, forward_run *f, int rows, int64_t hei
     o.height = height;
     o.width = width;
     o.max_steps = 1;
+    rf_dtype_from_name(b->args.residual, &o.residual_dtype); /* "auto" is no dtype and leaves the default */
     size_t num_latent = (size_t)o.batch * (size_t)dit->desc.in_channels * (size_t)height * (size_t)width;
     float *noise = rf_alloc(num_latent * sizeof *noise);
     int32_t *labels = rf_alloc_zero((size_t)rows, sizeof *labels);

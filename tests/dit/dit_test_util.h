@@ -24,8 +24,22 @@ static inline dit_device dit_device_open_named(const char *name) {
     return d;
 }
 
+/* RF_TEST_DEVICE, or the CPU: for tests whose shapes every device can run. */
 static inline dit_device dit_device_open(void) {
-    return dit_device_open_named("cpu");
+    const char *name = getenv("RF_TEST_DEVICE");
+    return dit_device_open_named(name && name[0] ? name : "cpu");
+}
+
+static inline bool dit_device_is_cuda(const dit_device *d) {
+    return rf_backend_get_kind(d->backend) == RF_BACKEND_CUDA;
+}
+
+/* The dtypes a device computes: f32, and bf16 on CUDA. */
+static inline int dit_device_num_dtypes(const dit_device *d) {
+    return dit_device_is_cuda(d) ? 2 : 1;
+}
+static inline rf_dtype dit_device_dtype(int index) {
+    return index == 0 ? RF_DTYPE_F32 : RF_DTYPE_BF16;
 }
 
 static inline void dit_device_close(dit_device *d) {

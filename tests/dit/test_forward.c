@@ -55,7 +55,7 @@ static void run_one(dit_device *d, const rf_dit_model *model, int side, const fl
 /* Every sample of a forward fixture, one by one: they have timesteps of their own. */
 static void check_forward(const char *model_dir, const char *fixture, const char *labels_name, int side, int num_blocks,
                           double bound) {
-    dit_device d = dit_device_open();
+    dit_device d = dit_device_open_named("cpu");
     rf_weights *f = dit_fixture_open(fixture);
     size_t num_labels;
     float *latents = dit_fixture_f32(f, "latents", NULL), *timesteps = dit_fixture_f32(f, "timesteps", NULL);
@@ -117,7 +117,7 @@ END_TEST
 
 /* The norm before the MLP, and only that one, follows the config's norm_eps. */
 START_TEST(norm_eps_of_the_config_reaches_the_mlp_norm) {
-    dit_device d = dit_device_open();
+    dit_device d = dit_device_open_named("cpu");
     rf_weights *f = dit_fixture_open("dit_forward.safetensors");
     float *latents = dit_fixture_f32(f, "latents", NULL), *timesteps = dit_fixture_f32(f, "timesteps", NULL);
     float *want = dit_fixture_f32(f, "output_norm_eps_0.01", NULL), got[8 * 8 * 8];
@@ -138,7 +138,7 @@ END_TEST
 
 /* A step's modulation rows come from a table of all steps, or of a chunk of them: the same numbers either way. */
 START_TEST(chunks_of_the_modulation_table_change_nothing) {
-    dit_device d = dit_device_open();
+    dit_device d = dit_device_open_named("cpu");
     rf_dit_model *model = NULL;
     rf_assert_ok(rf_dit_model_load(&model, d.backend, RF_FIXTURE_DIR "/dit-tiny/transformer", RF_DTYPE_F32, &d.err),
                  d.err);
@@ -181,7 +181,7 @@ END_TEST
 
 /* Promise of the step loop: forward and advance take no memory and never wait. */
 START_TEST(steps_allocate_nothing_and_do_not_wait) {
-    dit_device d = dit_device_open();
+    dit_device d = dit_device_open_named("cpu");
     rf_dit_model *model = NULL;
     rf_assert_ok(rf_dit_model_load(&model, d.backend, RF_FIXTURE_DIR "/dit-tiny/transformer", RF_DTYPE_F32, &d.err),
                  d.err);
@@ -215,7 +215,7 @@ START_TEST(steps_allocate_nothing_and_do_not_wait) {
 END_TEST
 
 START_TEST(bad_sessions_and_runs_are_refused) {
-    dit_device d = dit_device_open();
+    dit_device d = dit_device_open_named("cpu");
     rf_dit_model *model = NULL;
     rf_assert_ok(rf_dit_model_load(&model, d.backend, RF_FIXTURE_DIR "/dit-tiny/transformer", RF_DTYPE_F32, &d.err),
                  d.err);
@@ -249,7 +249,7 @@ END_TEST
 
 /* A description that no kernel serves is refused when a session is planned, never run as something near. */
 START_TEST(unsupported_descriptions_are_refused_when_planned) {
-    dit_device d = dit_device_open();
+    dit_device d = dit_device_open_named("cpu");
     rf_dit_model *model = NULL;
     rf_assert_ok(rf_dit_model_load(&model, d.backend, RF_FIXTURE_DIR "/dit-tiny/transformer", RF_DTYPE_F32, &d.err),
                  d.err);
@@ -281,7 +281,7 @@ START_TEST(unsupported_descriptions_are_refused_when_planned) {
 END_TEST
 
 START_TEST(synthetic_models_have_the_published_size_and_run) {
-    dit_device d = dit_device_open();
+    dit_device d = dit_device_open_named("cpu");
     rf_dit_desc desc;
     rf_assert_ok(rf_dit_config_builtin(&desc, "dit-xl-2-256", &d.err), d.err);
     ck_assert_int_eq(desc.width, 1152);

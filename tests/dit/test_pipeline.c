@@ -37,7 +37,7 @@ static const run_case run_cases[] = {
 
 START_TEST(a_run_matches_the_reference_pipeline) {
     const run_case *c = &run_cases[_i];
-    dit_device d = dit_device_open();
+    dit_device d = dit_device_open_named("cpu");
     rf_weights *f = dit_fixture_open("pipelines.safetensors");
     char name[64], path[512];
     snprintf(path, sizeof path, "%s/%s", RF_FIXTURE_DIR, c->model);
@@ -94,7 +94,7 @@ static void sample(dit_device *d, rf_dtype dtype, const rf_image_options *o, con
 enum { PICTURE = 3 * 32 * 32 };
 
 START_TEST(the_same_seed_gives_the_same_bits) {
-    dit_device d = dit_device_open();
+    dit_device d = dit_device_open_named("cpu");
     rf_image_options o = rf_image_options_default();
     o.num_steps = 6;
     o.batch = 3;
@@ -112,7 +112,7 @@ END_TEST
 
 /* With the counter generator a picture depends on its own seed and class, not on its neighbours. */
 START_TEST(an_image_of_a_batch_is_the_image_alone) {
-    dit_device d = dit_device_open();
+    dit_device d = dit_device_open_named("cpu");
     rf_image_options o = rf_image_options_default();
     o.num_steps = 6;
     o.batch = 2;
@@ -128,7 +128,7 @@ START_TEST(an_image_of_a_batch_is_the_image_alone) {
 END_TEST
 
 START_TEST(guidance_and_eta_change_the_picture) {
-    dit_device d = dit_device_open();
+    dit_device d = dit_device_open_named("cpu");
     rf_image_options o = rf_image_options_default();
     o.num_steps = 6;
     int class_id = 1;
@@ -152,7 +152,7 @@ static bool stop_after_two(void *user, int step, int num_steps) {
 }
 
 START_TEST(a_callback_can_stop_a_run) {
-    dit_device d = dit_device_open();
+    dit_device d = dit_device_open_named("cpu");
     rf_image_model *model = NULL;
     rf_image_session *s = NULL;
     rf_image_options o = rf_image_options_default();
@@ -171,7 +171,7 @@ START_TEST(a_callback_can_stop_a_run) {
 END_TEST
 
 START_TEST(classes_are_found_by_name_number_and_synonym) {
-    dit_device d = dit_device_open();
+    dit_device d = dit_device_open_named("cpu");
     rf_image_model *model = NULL;
     rf_assert_ok(rf_image_model_load(&model, d.backend, RF_FIXTURE_DIR "/dit-tiny", RF_DTYPE_F32, &d.err), d.err);
     int id = -1;
@@ -209,12 +209,12 @@ END_TEST
 
 /* Every host allocation of loading and planning fails once: a message, no crash, nothing left. */
 START_TEST(failing_any_allocation_is_reported_and_leaks_nothing) {
-    dit_device d = dit_device_open();
     rf_image_options o = rf_image_options_default();
     o.num_steps = 2;
     uint64_t live = rf_memory_get_counts().num_live;
     bool done = false;
     for (uint64_t nth = 1; !done; nth += 1 + nth / 16) { /* every one at first, then a sample of the many alike */
+        dit_device d = dit_device_open_named("cpu");
         rf_image_model *model = NULL;
         rf_image_session *s = NULL;
         rf_memory_fail_nth(nth);
@@ -226,10 +226,10 @@ START_TEST(failing_any_allocation_is_reported_and_leaks_nothing) {
                       (unsigned long long)nth);
         rf_image_session_destroy(s);
         rf_image_model_close(model);
+        dit_device_close(&d);
         ck_assert_msg(rf_memory_get_counts().num_live == live, "allocation %llu: %llu blocks leaked",
                       (unsigned long long)nth, (unsigned long long)(rf_memory_get_counts().num_live - live));
     }
-    dit_device_close(&d);
 }
 END_TEST
 
