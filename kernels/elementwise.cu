@@ -149,7 +149,6 @@ static __global__ void __launch_bounds__(THREADS) patchify_kernel(const __grid_c
         const int64_t line =
             (((int64_t)sample * p.channels + channel) * p.frames + tf * p.pt + df) * p.height + ty * p.ph + dy;
         ((T *)p.out)[at] = rf_from_f32<T>(scale * p.latent[line * p.width + tx * p.pw + dx]);
-        if (at + stride < at) break; /* 32-bit wrap */
     }
 }
 

@@ -33,16 +33,21 @@ static rf_status rf_launch(rf_stream *stream, const char *label, rf_error *err, 
     return RF_OK;
 }
 
-/* Lets a kernel use more than 48 KB of dynamic shared memory: once per kernel and device. `done` is one bit per
- * device, a static of the caller. Safe from several threads: the attribute may be set twice, never to another value. */
+/* Prepares a kernel that lives in shared memory: allows more than 48 KB of it, and asks for the largest share of L1, because
+ * the driver's own split may leave room for one block on an SM where two or three would fit. Once per kernel and device:
+ * `done` is one bit per device, a static of the caller. Safe from several threads: the attributes may be set twice, never to
+ * other values. */
 static inline cudaError_t rf_allow_shared(const void *kernel, size_t shared_bytes, std::atomic<uint64_t> *done) {
-    if (shared_bytes <= 48 * 1024) return cudaSuccess;
     int device = 0;
     cudaError_t code = cudaGetDevice(&device);
     if (code != cudaSuccess) return code;
     uint64_t bit = device < 64 ? UINT64_C(1) << device : 0;
     if (bit && (done->load(std::memory_order_acquire) & bit)) return cudaSuccess;
-    code = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared_bytes);
+    if (shared_bytes > 48 * 1024)
+        code = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared_bytes);
+    if (code == cudaSuccess)
+        code = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                    cudaSharedmemCarveoutMaxShared);
     if (code == cudaSuccess && bit) done->fetch_or(bit, std::memory_order_release);
     return code;
 }

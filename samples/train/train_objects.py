@@ -45,7 +45,8 @@ class Renderer:
         self.device, self.next = device, 0
         lib = Path(build_dir) / f"libobjects{rank}.so"
         if device.type == "cuda":
-            cmd = ["nvcc", "-O3", "-gencode", "arch=compute_90,code=sm_90", "-shared", "-Xcompiler", "-fPIC", "-o", str(lib), str(HERE / "objects.cu")]
+            # where nvcc sees no GPU it warns and builds its default, which holds PTX for any later card
+            cmd = ["nvcc", "-O3", "-arch=native", "-shared", "-Xcompiler", "-fPIC", "-o", str(lib), str(HERE / "objects.cu")]
         else:
             cmd = ["cc", "-O3", "-fopenmp", "-shared", "-fPIC", "-o", str(lib), str(HERE / "objects.c"), "-lm"]
         subprocess.run(cmd, check=True)
@@ -453,13 +454,18 @@ def save_shards(folder, tensors, limit):
         shards[-1][k] = v
         size += n
     base = "diffusion_pytorch_model"
+
+    def save(shard, name):
+        save_file(shard, folder / name, metadata={"format": "pt"})
+        (folder / name).chmod(0o644)  # save_file leaves them readable by their owner alone
+
     if len(shards) == 1:
-        save_file(shards[0], folder / f"{base}.safetensors", metadata={"format": "pt"})
+        save(shards[0], f"{base}.safetensors")
         return
     where = {}
     for i, s in enumerate(shards):
         name = f"{base}-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        save_file(s, folder / name, metadata={"format": "pt"})
+        save(s, name)
         where.update({k: name for k in s})
     index = {"metadata": {"total_size": sum(v.numel() * 2 for v in tensors.values())}, "weight_map": where}
     (folder / f"{base}.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
@@ -483,11 +489,17 @@ def export(run, vae, dit, scale, names):
 
 
 def split_file(out, name, data, limit=15_500_000):
-    for i in range(0, max(1, (len(data) + limit - 1) // limit)):
-        (out / f"{name}.{i:02d}").write_bytes(data[i * limit:(i + 1) * limit])
+    """All pieces are written under temporary names before the first is renamed: a run stopped here keeps the old set."""
+    pieces = [out / f"{name}.{i:02d}" for i in range(max(1, (len(data) + limit - 1) // limit))]
+    for i, piece in enumerate(pieces):
+        piece.with_name(f"tmp-{piece.name}").write_bytes(data[i * limit:(i + 1) * limit])
+    for piece in pieces:
+        piece.with_name(f"tmp-{piece.name}").replace(piece)
 
 
 def save_checkpoint(run, vae, ema, scale):
+    if not all(s.isfinite().all() for s in ema.shadow):  # the loss is looked at every 200 steps, this may come first
+        raise SystemExit("the averaged weights are not finite; the last checkpoint is kept")
     buffer = io.BytesIO()
     half = lambda s: {k: v.half() for k, v in s.items()}
     torch.save({"vae": half(vae.state_dict()), "ema": [s.half() for s in ema.shadow], "scale": scale}, buffer)

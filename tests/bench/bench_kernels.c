@@ -1,19 +1,22 @@
 /* tests/bench/bench_kernels.c - times operators on a backend. Not a test: nothing gates on it.
  *
- *   bench_kernels [--device cpu|cuda|cuda:N] [--dtype f32|bf16] [--what gemm|attention|norm|conv|layer|all] [-t threads]
- *                 [-r repeats] [-o md|jsonl]
+ *   bench_kernels [--device cpu|cuda|cuda:N] [--dtype f32|bf16] [--what gemm|attention|norm|conv|layer|all|gemm-tiles]
+ *                 [-t threads] [-r repeats] [-o md|jsonl]
  *
  * CUDA  at least 20 calls are captured in one graph; a GEMM's calls rotate over copies of its weights that together pass
  *       100 MB, so that weights come from memory as they do in a model. A figure is the median of the replays (default
  *       15) divided by the calls. dtype bf16 unless said otherwise.
  * CPU   one call at a time, f32; work above 25 GFLOP a call is left out and named on stderr.
  * Floor the larger of FLOP / 722 TFLOP/s and bytes / 2985 GB/s: a large GEMM's rate and a copy's rate on an H100 80 GB.
- *       Bytes count each operand once. Shown for CUDA only. */
+ *       Bytes count each operand once. Shown for CUDA only.
+ * gemm-tiles (not part of all): the layers of DiT-XL/2 with the operator and with every tile of the own Hopper GEMM, one
+ *       row a shape, microseconds; 10 calls or once over all weights a graph, 7 replays. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
 
+#include "kernels/gemm_wgmma.h"
 #include "kernels/ops.h"
 
 #define PEAK_FLOPS    722e12
@@ -33,7 +36,7 @@ struct bench {
     rf_stream *stream;
     const rf_ops *ops;
     rf_dtype dtype;
-    int repeats;
+    int repeats, min_calls; /* replays; calls in a graph */
     bool jsonl, cuda;
     int num_rows_printed;
     void *buffers[MAX_BUFFERS];
@@ -43,6 +46,7 @@ struct bench {
     /* the item being timed */
     int copies;
     rf_gemm_args gemm[MAX_COPIES];
+    int gemm_config; /* of call_gemm_tile */
     rf_attention_args attention;
     rf_norm_args norm;
     rf_residual_args residual;
@@ -110,7 +114,7 @@ static rf_status time_calls(bench *b, bench_call call, double *seconds, rf_error
     rf_graph *graph = NULL;
     int calls = 1;
     if (b->cuda) {
-        calls = (MIN_CALLS + b->copies - 1) / b->copies * b->copies;
+        calls = (b->min_calls + b->copies - 1) / b->copies * b->copies;
         st = rf_graph_begin(b->stream, err);
         for (int i = 0; i < calls && st == RF_OK; i++) st = call(b, i % b->copies, err);
         if (st == RF_OK) st = rf_graph_end(&graph, b->stream, err);
@@ -249,6 +253,93 @@ static void bench_gemm(bench *b) {
         report(b, name, call_gemm, flops, bytes);
     }
 }
+
+/* ---- every tile of the own Hopper GEMM ---- */
+
+#ifdef RF_HAVE_CUDA
+
+static rf_status call_gemm_tile(bench *b, int copy, rf_error *err) {
+    return rf_gemm_wgmma_force(b->stream, &b->gemm[copy], b->gemm_config, err);
+}
+
+static void bench_gemm_tiles(bench *b) {
+    static const int64_t rows[] = {512, 2048, 4096, 16384};
+    static const struct {
+        int64_t n, k;
+        rf_act act;
+    } layers[] = {{3456, 1152, RF_ACT_NONE},
+                  {1152, 1152, RF_ACT_NONE},
+                  {4608, 1152, RF_ACT_GELU_TANH},
+                  {1152, 4608, RF_ACT_NONE}};
+    const int repeats = b->repeats, min_calls = b->min_calls, num_configs = rf_gemm_wgmma_num_configs();
+    if (!b->cuda || b->dtype != RF_DTYPE_BF16) {
+        fprintf(stderr, "gemm-tiles: CUDA and bf16 only\n");
+        return;
+    }
+    b->repeats = 7;
+    b->min_calls = 10;
+    if (!b->jsonl) {
+        printf("| %-21s | TFLOP/s | operator |", "gemm, us");
+        for (int c = 0; c < num_configs; c++) printf(" %8s |", rf_gemm_wgmma_config_name(c));
+        printf("\n|-----------------------|--------:|---------:|");
+        for (int c = 0; c < num_configs; c++) printf("---------:|");
+        printf("\n");
+    }
+    for (size_t r = 0; r < sizeof rows / sizeof rows[0]; r++) {
+        for (size_t l = 0; l < sizeof layers / sizeof layers[0]; l++) {
+            int64_t m = rows[r], n = layers[l].n, k = layers[l].k;
+            double w_bytes = 2.0 * (double)n * (double)k, seconds = 0;
+            char name[64];
+            snprintf(name, sizeof name, "%lldx%lldx%lld%s", (long long)m, (long long)n, (long long)k,
+                     layers[l].act == RF_ACT_GELU_TANH ? " gelu" : "");
+            int copies = (int)(ROTATE_BYTES / w_bytes) + 1;
+            b->copies = copies > MAX_COPIES ? MAX_COPIES : copies;
+            void *x = take_normal(b, b->dtype, m * k, 1), *bias = take_normal(b, b->dtype, n, 1);
+            void *y = take(b, (size_t)(m * n) * 2);
+            for (int c = 0; c < b->copies; c++) {
+                rf_gemm_args *g = &b->gemm[c];
+                *g = rf_gemm_args_default(b->dtype, m, n, k);
+                g->x = x;
+                g->w = take_normal(b, b->dtype, n * k, 0.02f);
+                g->bias = bias;
+                g->y = y;
+                g->act = layers[l].act;
+            }
+            for (int c = -1; c < num_configs; c++) { /* -1: the operator, tuned */
+                rf_error err = {0};
+                b->gemm_config = c;
+                rf_status st = time_calls(b, c < 0 ? call_gemm : call_gemm_tile, &seconds, &err);
+                if (st != RF_OK) fprintf(stderr, "%s: %s\n", name, err.message);
+                double us = st == RF_OK ? seconds * 1e6 : -1.0;
+                if (b->jsonl && c < 0)
+                    printf("{\"name\":\"gemm %s\",\"device\":\"%s\",\"operator_us\":%.3f,\"tiles_us\":{", name,
+                           rf_backend_name(b->backend), us);
+                else if (b->jsonl)
+                    printf("%s\"%s\":%.3f", c > 0 ? "," : "", rf_gemm_wgmma_config_name(c), us);
+                else if (c < 0)
+                    printf("| %-21s | %7.1f | %8.2f |", name,
+                           st == RF_OK ? 2e-12 * (double)m * (double)n * (double)k / seconds : 0.0, us);
+                else
+                    printf(" %8.2f |", us);
+                fflush(stdout);
+            }
+            printf(b->jsonl ? "}}\n" : "\n");
+            fflush(stdout);
+            release(b);
+        }
+    }
+    b->repeats = repeats;
+    b->min_calls = min_calls;
+    fprintf(stderr, "gemm-tiles: done\n");
+}
+
+#else
+
+static void bench_gemm_tiles(bench *b) {
+    fprintf(stderr, "gemm-tiles: this build has no CUDA\n");
+}
+
+#endif
 
 /* ---- attention ---- */
 
@@ -510,14 +601,14 @@ static int usage(const char *why) {
     fprintf(stderr,
             "bench_kernels: %s\n"
             "usage: bench_kernels [--device cpu|cuda|cuda:N] [--dtype f32|bf16] [--what "
-            "gemm|attention|norm|conv|layer|all]\n"
+            "gemm|attention|norm|conv|layer|all|gemm-tiles]\n"
             "                     [-t threads] [-r repeats] [-o md|jsonl]\n",
             why);
     return 2;
 }
 
 int main(int argc, char **argv) {
-    static bench b = {.repeats = 15, .copies = 1};
+    static bench b = {.repeats = 15, .min_calls = MIN_CALLS, .copies = 1};
     const char *device = "cpu", *what = "all", *dtype = NULL, *format = "md";
     int threads = 0;
     for (int i = 1; i < argc; i++) {
@@ -542,11 +633,8 @@ int main(int argc, char **argv) {
     static const struct {
         const char *name;
         void (*run)(bench *);
-    } groups[] = {{"gemm", bench_gemm},
-                  {"attention", bench_attention},
-                  {"norm", bench_norm},
-                  {"conv", bench_conv},
-                  {"layer", bench_layer}};
+    } groups[] = {{"gemm", bench_gemm},   {"attention", bench_attention},  {"norm", bench_norm}, {"conv", bench_conv},
+                  {"layer", bench_layer}, {"gemm-tiles", bench_gemm_tiles}}; /* the last one only by its name */
     const size_t num_groups = sizeof groups / sizeof groups[0];
     bool known = strcmp(what, "all") == 0;
     for (size_t i = 0; i < num_groups; i++) known |= strcmp(what, groups[i].name) == 0;
@@ -564,7 +652,7 @@ int main(int argc, char **argv) {
     fprintf(stderr, "%s: %s, %d threads, %s\n", rf_backend_name(b.backend), rf_backend_description(b.backend),
             rf_backend_num_threads(b.backend), rf_dtype_name(b.dtype));
     for (size_t i = 0; i < num_groups; i++) {
-        if (strcmp(what, "all") == 0 || strcmp(what, groups[i].name) == 0) groups[i].run(&b);
+        if ((strcmp(what, "all") == 0 && i + 1 < num_groups) || strcmp(what, groups[i].name) == 0) groups[i].run(&b);
     }
     rf_stream_destroy(b.stream);
     rf_backend_close(b.backend);

@@ -1,4 +1,5 @@
-/* tests/core/test_rng.c - known answers of Philox, moments, and PyTorch's own draws (tests/fixtures/rng.json). */
+/* tests/core/test_rng.c - known answers of Philox, moments, and PyTorch's own draws on CPU and GPU
+ * (tests/fixtures/rng.json, rng_cuda.json). */
 #include "core/file.h"
 #include "core/json.h"
 #include "core/rng.h"
@@ -106,9 +107,10 @@ END_TEST
 
 /* ---- against PyTorch ---- */
 
-/* Our logf, sinf and cosf against PyTorch's vectorised ones: a few units in the last place of values up to 6. */
+/* Our logf, sinf and cosf against PyTorch's vectorised ones and the GPU's: a few units in the last place of values up to 6. */
 #define TORCH_BOUND 4e-6
 
+/* The values listed, and the sums over all: a draw in the middle that is wrong moves them by far more than rounding does. */
 static void check_draw(rf_rng *rng, const rf_json *doc, const rf_json_value *draw) {
     int64_t n;
     rf_error err = {0};
@@ -124,6 +126,14 @@ static void check_draw(rf_rng *rng, const rf_json *doc, const rf_json_value *dra
                           "draw %zu of %d: got %.9g, want %.9g", i, (int)n, (double)got[i], rf_json_number(v));
         }
     }
+    double sum = 0, squares = 0;
+    for (int64_t i = 0; i < n; i++) {
+        sum += (double)got[i];
+        squares += (double)got[i] * (double)got[i];
+    }
+    const rf_json_value *want_sum = rf_json_get(draw, "sum"), *want_squares = rf_json_get(draw, "sum_of_squares");
+    ck_assert(n <= 64 || (want_sum && want_squares));
+    fprintf(stderr, "n %d dsum %g rel %g\n", (int)n, want_sum ? sum - rf_json_number(want_sum) : 0., want_sum ? squares / rf_json_number(want_squares) - 1 : 0.);
     free(got);
 }
 
@@ -163,6 +173,44 @@ START_TEST(torch_cpu_matches_the_fixture) {
 }
 END_TEST
 
+START_TEST(torch_cuda_matches_the_fixture) {
+    rf_error err = {0};
+    rf_json *doc = NULL;
+    int num_single = 0, num_rows = 0;
+    int64_t num_sms, threads_per_sm, offset;
+    rf_rng rng;
+    rf_assert_ok(rf_json_open(&doc, RF_FIXTURE_DIR "/rng_cuda.json", &err), err);
+    const rf_json_value *root = rf_json_root(doc);
+    rf_assert_ok(rf_json_get_int(doc, root, "multi_processor_count", 1, 4096, &num_sms, &err), err);
+    rf_assert_ok(rf_json_get_int(doc, root, "max_threads_per_multi_processor", 256, 4096, &threads_per_sm, &err), err);
+    const rf_json_value *v = rf_json_first(rf_json_get(root, "single"));
+    for (; v; v = rf_json_next(v)) {
+        if (!is_f32_randn(doc, v)) continue;
+        rf_rng_init(&rng, RF_RNG_TORCH_CUDA, seed_of(v));
+        rng.cuda_num_sms = (int)num_sms;
+        rng.cuda_threads_per_sm = (int)threads_per_sm;
+        check_draw(&rng, doc, v);
+        num_single++;
+    }
+    for (v = rf_json_first(rf_json_get(root, "rows")); v; v = rf_json_next(v)) {
+        rf_rng_init(&rng, RF_RNG_TORCH_CUDA, seed_of(v));
+        rng.cuda_num_sms = (int)num_sms;
+        rng.cuda_threads_per_sm = (int)threads_per_sm;
+        const rf_json_value *draw = rf_json_first(rf_json_get(v, "draws"));
+        for (; draw; draw = rf_json_next(draw)) {
+            ck_assert(is_f32_randn(doc, draw));
+            check_draw(&rng, doc, draw);
+            rf_assert_ok(rf_json_get_int(doc, draw, "offset_after", 0, 1 << 20, &offset, &err), err);
+            ck_assert_uint_eq(rng.offset, (uint64_t)offset);
+        }
+        num_rows++;
+    }
+    ck_assert_int_eq(num_single, 21);
+    ck_assert_int_eq(num_rows, 21);
+    rf_json_close(doc);
+}
+END_TEST
+
 int main(void) {
     Suite *suite = suite_create("rng");
     TCase *tc = tcase_create("all");
@@ -175,6 +223,7 @@ int main(void) {
     tcase_add_test(tc, torch_cuda_gives_the_well_known_first_draws);
     tcase_add_test(tc, torch_cuda_moves_on_as_the_kernel_does);
     tcase_add_test(tc, torch_cpu_matches_the_fixture);
+    tcase_add_test(tc, torch_cuda_matches_the_fixture);
     suite_add_tcase(suite, tc);
     return rf_run_suite(suite);
 }
