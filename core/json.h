@@ -48,9 +48,9 @@ rf_status rf_json_opt_string(const rf_json *doc, const rf_json_value *object, co
 size_t rf_json_count(const rf_json_value *array_or_object);
 const rf_json_value *rf_json_at(const rf_json_value *array_or_object, size_t index, const char **key);
 const rf_json_value *rf_json_first(const rf_json_value *array_or_object); /* NULL if empty */
-const rf_json_value *rf_json_next(const rf_json_value *member);            /* NULL after the last */
-const char          *rf_json_key(const rf_json_value *member);             /* NULL for an array's members */
-bool                 rf_json_is_object(const rf_json_value *v);
+const rf_json_value *rf_json_next(const rf_json_value *member);           /* NULL after the last */
+const char *rf_json_key(const rf_json_value *member);                     /* NULL for an array's members */
+bool rf_json_is_object(const rf_json_value *v);
 bool rf_json_is_array(const rf_json_value *v);
 bool rf_json_is_string(const rf_json_value *v);
 bool rf_json_is_number(const rf_json_value *v);

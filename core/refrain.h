@@ -28,6 +28,7 @@
 #include "core/params.h"
 #include "core/rng.h"
 #include "core/status.h"
+#include "core/text.h"
 #include "core/types.h"
 #include "core/weights.h"
 

@@ -16,6 +16,7 @@
 #include "core/file.h"
 #include "core/json.h"
 #include "core/memory.h"
+#include "core/text.h"
 #include "dit/config.h"
 
 struct rf_image_model {
@@ -180,24 +181,6 @@ static bool is_synonym(const char *names, const char *text) {
     return false;
 }
 
-/* Levenshtein distance of the first 63 characters, letter case aside. */
-static int edit_distance(const char *a, const char *b) {
-    int row[64];
-    int nb = (int)strnlen(b, 63);
-    for (int j = 0; j <= nb; j++) row[j] = j;
-    for (int i = 0; a[i] != 0 && i < 63; i++) {
-        int diagonal = row[0];
-        row[0] = i + 1;
-        for (int j = 0; j < nb; j++) {
-            int change = diagonal + (tolower((unsigned char)a[i]) != tolower((unsigned char)b[j]));
-            int shorter = (row[j] < row[j + 1] ? row[j] : row[j + 1]) + 1;
-            diagonal = row[j + 1];
-            row[j + 1] = change < shorter ? change : shorter;
-        }
-    }
-    return row[nb];
-}
-
 rf_status rf_image_model_find_class(const rf_image_model *m, const char *name_or_id, int *class_id, rf_error *err) {
     char *end = NULL;
     long id = strtol(name_or_id, &end, 10);
@@ -215,7 +198,7 @@ rf_status rf_image_model_find_class(const rf_image_model *m, const char *name_or
             *class_id = i;
             return RF_OK;
         }
-        int d = edit_distance(name, name_or_id), at = 3;
+        int d = rf_text_distance(name, strlen(name), name_or_id, strlen(name_or_id)), at = 3;
         while (at > 0 && d < distance[at - 1]) at--;
         for (int k = 2; k > at; k--) {
             best[k] = best[k - 1];

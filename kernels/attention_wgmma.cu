@@ -2,16 +2,18 @@
  * Maths    As attention_mma.cu: online softmax over tiles of keys, p = 2^(c s - c m), c = scale log2 e; out = o / l,
  *          lse = (c m + log2 l) ln 2.
  * Shapes   q, k, v, out bf16, head_dim 64, 72 or 128; no lists, no kv_lens, at most one range, no mask; query heads may share
- *          key heads. head_dim 72 is exact in P V (n = 64 + 8) and padded to 80 by one zero chunk in Q K^T.
- * Launch   grid (tiles of 64 * WGS query rows, query heads, batch), in one of two forms:
- *          resident  one warpgroup of 64 rows, all keys in shared memory (two tiles): every warp copies, then computes; two
- *                    blocks share an SM and hide each other's loads and stores. For short sequences.
- *          ring      two warpgroups of 64 rows and four producer warps (one warp alone cannot keep enough cp.async in
- *                    flight: it needed 2.8 us a tile); half the K and V traffic of 64-row blocks. For long ones.
+ *          key heads. head_dim 72 is exact in P V (n = 72) and padded to 80 by one zero chunk in Q K^T.
+ * Launch   An item is a tile of 64 * WGS query rows of one head of one sample. Two forms:
+ *          resident  one warpgroup, all keys in shared memory (two tiles), a block per item: every warp copies, then
+ *                    computes. For short sequences in grids that do not fill the card.
+ *          ring      two warpgroups of 64 rows and four producer warps; as many blocks as SMs, each walks over items. The
+ *                    producers run ahead into the next item (two stages of Q, two or three of K and V), so that loads,
+ *                    products and stores of neighbouring items overlap.
  * Shared   Columns go in blocks of 64 with the 128-byte swizzle: [row][128 bytes], chunk c of row r at chunk c ^ (r & 7); one
  *          block serves Q and K as K-major operands and V as an MN-major one, and a row's copy fills a whole 128-byte line.
- *          The ninth chunk of head_dim 72 goes to a plane [row][16 bytes] without swizzle (eight rows are a core matrix);
- *          Q and K have a second plane of zeros behind it, V's is a product of its own (n = 8).
+ *          The ninth chunk of head_dim 72: Q and K keep it in a plane [row][16 bytes] without swizzle (eight rows are a core
+ *          matrix) with a plane of zeros behind it; V in a second block, of which only that chunk exists, so that P V is one
+ *          product of n = 72.
  *          (Planes for all chunks are correct too, but cp.async writes 16 bytes a cycle into them: twice as slow.)
  * Order    K and V have barriers of their own, because P V of a tile runs one step behind its Q K^T:
  *          S_j = Q K_j is issued before O += P_{j-1} V_{j-1}, and softmax of S_j runs under the latter.
@@ -33,16 +35,17 @@ template <int HD, int WGS, int PRODUCERS> struct wg_shape {
     static constexpr int BLOCKS = HD / 64;     /* of 64 columns */
     static constexpr bool TAIL = HD % 64 != 0; /* and 8 more */
     static constexpr int ROWS = 64 * WGS;
-    static constexpr int STAGES = 2;
+    static constexpr int STAGES = PRODUCERS == 0 || HD == 128 ? 2 : 3; /* of K and V */
+    static constexpr int Q_STAGES = PRODUCERS == 0 ? 1 : 2;
     static constexpr int Q_BLOCK = ROWS * 128, KV_BLOCK = KEYS * 128;
     static constexpr int Q_PLANE = ROWS * 16, KV_PLANE = KEYS * 16;
     static constexpr int Q_BYTES = BLOCKS * Q_BLOCK + (TAIL ? 2 * Q_PLANE : 0);
     static constexpr int K_BYTES = BLOCKS * KV_BLOCK + (TAIL ? 2 * KV_PLANE : 0);
-    static constexpr int V_BYTES = BLOCKS * KV_BLOCK + (TAIL ? KV_PLANE : 0);
+    static constexpr int V_BYTES = (BLOCKS + TAIL) * KV_BLOCK;
     static_assert(HD % 64 == 0 || HD % 64 == 8, "at most one chunk is left");
     static_assert(Q_BYTES % 1024 == 0 && K_BYTES % 1024 == 0 && V_BYTES % 1024 == 0, "swizzle atoms");
     static constexpr int BARRIERS_BYTES = 1024;
-    static constexpr int SHARED_BYTES = BARRIERS_BYTES + Q_BYTES + STAGES * (K_BYTES + V_BYTES);
+    static constexpr int SHARED_BYTES = BARRIERS_BYTES + Q_STAGES * Q_BYTES + STAGES * (K_BYTES + V_BYTES);
     static constexpr bool RESIDENT = PRODUCERS == 0;
     static constexpr int COPIERS = RESIDENT ? WGS * 4 : PRODUCERS; /* warps that copy */
     static constexpr int THREADS = WGS * 128 + PRODUCERS * 32;
@@ -125,13 +128,19 @@ template <> struct product<64> {
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
     }
 };
-template <> struct product<8> {
-    static __device__ __forceinline__ void add(float (&d)[4], const uint32_t (&a)[4], uint64_t b) {
-        asm volatile(
-            "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0, %1, %2, %3}, {%4, %5, %6, %7}, %8, 1, 1, "
-            "1, 1;"
-            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+template <> struct product<72> {
+    static __device__ __forceinline__ void add(float (&d)[36], const uint32_t (&a)[4], uint64_t b) {
+        asm volatile("wgmma.mma_async.sync.aligned.m64n72k16.f32.bf16.bf16 {"
+                     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+                     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+                     "%32, %33, %34, %35}, "
+                     "{%36, %37, %38, %39}, %40, 1, 1, 1, 1;"
+                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+                       "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]),
+                       "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]),
+                       "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]),
+                       "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35])
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
     }
 };
 template <> struct product<128> {
@@ -159,7 +168,7 @@ template <> struct product<128> {
 
 /* COPIERS warps copy rows [first, first + ROWS) of a matrix into a tile; this is one of them. Rows from `limit` on are
  * zeros. Eight lanes copy a row of a block. */
-template <int HD, int ROWS, int COPIERS>
+template <int HD, int ROWS, int COPIERS, int TAIL_LD>
 static __device__ __forceinline__ void copy_rows(uint32_t dst, const rf_bf16 *base, int64_t row_stride, int first,
                                                  int limit, int copier, int lane) {
     static_assert(ROWS % (4 * COPIERS) == 0 && ROWS % 32 == 0, "whole passes");
@@ -181,31 +190,46 @@ static __device__ __forceinline__ void copy_rows(uint32_t dst, const rf_bf16 *ba
         for (int i = copier; i < ROWS / 32; i += COPIERS) {
             const int row = i * 32 + lane;
             const bool inside = first + row < limit;
-            copy16(plane + row * 16, inside ? base + (int64_t)(first + row) * row_stride + HD / 64 * 64 : base,
-                   inside ? 16 : 0);
+            copy16(plane + row * TAIL_LD + (TAIL_LD == 128 ? (row & 7) << 4 : 0),
+                   inside ? base + (int64_t)(first + row) * row_stride + HD / 64 * 64 : base, inside ? 16 : 0);
         }
     }
 }
 
 /* --- kernel ------------------------------------------------------------------------------------------------------- */
 
+/* A place in a ring of NUM stages; parity is the one a consumer waits for, a producer waits for the other. */
+template <int NUM> struct ring_place {
+    int stage = 0;
+    uint32_t parity = 0;
+    __device__ __forceinline__ void next(void) {
+        if (++stage == NUM) {
+            stage = 0;
+            parity ^= 1;
+        }
+    }
+};
+
 template <int HD, int WGS, int PRODUCERS>
 static __global__ void __launch_bounds__(wg_shape<HD, WGS, PRODUCERS>::THREADS,
                                          wg_shape<HD, WGS, PRODUCERS>::BLOCKS_PER_SM)
-    attention_wgmma_kernel(const __grid_constant__ rf_attention_params p) {
+    attention_wgmma_kernel(const __grid_constant__ rf_attention_params p, int num_items) {
     using S = wg_shape<HD, WGS, PRODUCERS>;
     extern __shared__ __align__(1024) unsigned char shared[];
     const uint32_t bars = rf_shared_addr(shared);
-    const uint32_t q_smem = bars + S::BARRIERS_BYTES, k_smem = q_smem + S::Q_BYTES,
+    const uint32_t q_smem = bars + S::BARRIERS_BYTES, k_smem = q_smem + S::Q_STAGES * S::Q_BYTES,
                    v_smem = k_smem + S::STAGES * S::K_BYTES;
-    const uint32_t full_q = bars, full_k = bars + 8, full_v = full_k + 8 * S::STAGES, free_k = full_v + 8 * S::STAGES,
-                   free_v = free_k + 8 * S::STAGES;
-    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    const int first_row = blockIdx.x * S::ROWS, head = blockIdx.y, sample = blockIdx.z + p.batch_first;
-    const int num_tiles = (p.num_keys + KEYS - 1) / KEYS;
+    const uint32_t full_q = bars, free_q = full_q + 8 * S::Q_STAGES, full_k = free_q + 8 * S::Q_STAGES,
+                   full_v = full_k + 8 * S::STAGES, free_k = full_v + 8 * S::STAGES, free_v = free_k + 8 * S::STAGES;
+    const int warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0),
+              lane = threadIdx.x & 31; /* warp: a uniform register */
+    const int num_tiles = (p.num_keys + KEYS - 1) / KEYS, q_tiles = (p.q_len + S::ROWS - 1) / S::ROWS;
 
     if (threadIdx.x == 0) {
-        rf_mbar_init(full_q, S::COPIERS * 32);
+        for (int s = 0; s < S::Q_STAGES; s++) {
+            rf_mbar_init(full_q + 8 * s, S::COPIERS * 32);
+            rf_mbar_init(free_q + 8 * s, 4 * WGS);
+        }
         for (int s = 0; s < S::STAGES; s++) {
             rf_mbar_init(full_k + 8 * s, S::COPIERS * 32);
             rf_mbar_init(full_v + 8 * s, S::COPIERS * 32);
@@ -214,54 +238,68 @@ static __global__ void __launch_bounds__(wg_shape<HD, WGS, PRODUCERS>::THREADS,
         }
         rf_mbar_init_fence();
     }
-    if constexpr (S::TAIL) { /* the plane of zeros behind Q and every stage of K: copies never touch it */
+    if constexpr (S::TAIL) { /* the plane of zeros behind every stage of Q and K: copies never touch it */
         const uint4 zero = make_uint4(0, 0, 0, 0);
-        unsigned char *const q_end = shared + S::BARRIERS_BYTES + S::Q_BYTES;
-        for (int i = threadIdx.x; i < S::ROWS; i += S::THREADS) ((uint4 *)(q_end - S::Q_PLANE))[i] = zero;
+        unsigned char *const q_start = shared + S::BARRIERS_BYTES, *const k_start = q_start + S::Q_STAGES * S::Q_BYTES;
+        for (int s = 0; s < S::Q_STAGES; s++)
+            for (int i = threadIdx.x; i < S::ROWS; i += S::THREADS)
+                ((uint4 *)(q_start + (s + 1) * S::Q_BYTES - S::Q_PLANE))[i] = zero;
         for (int s = 0; s < S::STAGES; s++)
             for (int i = threadIdx.x; i < KEYS; i += S::THREADS)
-                ((uint4 *)(q_end + (s + 1) * S::K_BYTES - S::KV_PLANE))[i] = zero;
+                ((uint4 *)(k_start + (s + 1) * S::K_BYTES - S::KV_PLANE))[i] = zero;
         fence_async_proxy();
     }
     __syncthreads(); /* barriers are set up, padding is written */
+    rf_wait_for_previous();
 
-    const rf_bf16 *const q = (const rf_bf16 *)p.q + sample * p.q_batch_stride + head * p.q_head_stride;
-    const int64_t kv_at = sample * p.kv_batch_stride + (int64_t)(head / p.group) * p.kv_head_stride +
-                          (int64_t)p.first_key * p.kv_row_stride;
-    const rf_bf16 *const k = (const rf_bf16 *)p.k + kv_at, *const v = (const rf_bf16 *)p.v + kv_at;
-    auto copy_q = [&](int copier) {
-        copy_rows<HD, S::ROWS, S::COPIERS>(q_smem, q, p.q_row_stride, first_row, p.q_len, copier, lane);
-        copies_arrive(full_q);
+    auto copy_q = [&](int copier, int item, int stage) {
+        const int row_tile = item % q_tiles, head = item / q_tiles % p.num_q_heads,
+                  sample = item / q_tiles / p.num_q_heads;
+        const rf_bf16 *const q = (const rf_bf16 *)p.q + sample * p.q_batch_stride + head * p.q_head_stride;
+        copy_rows<HD, S::ROWS, S::COPIERS, 16>(q_smem + stage * S::Q_BYTES, q, p.q_row_stride, row_tile * S::ROWS,
+                                               p.q_len, copier, lane);
+        copies_arrive(full_q + 8 * stage);
     };
-    auto copy_k = [&](int copier, int j) {
-        copy_rows<HD, KEYS, S::COPIERS>(k_smem + j % S::STAGES * S::K_BYTES, k, p.kv_row_stride, j * KEYS, p.num_keys,
-                                        copier, lane);
-        copies_arrive(full_k + 8 * (j % S::STAGES));
+    auto kv_offset = [&](int item) {
+        const int head = item / q_tiles % p.num_q_heads, sample = item / q_tiles / p.num_q_heads;
+        return sample * p.kv_batch_stride + (int64_t)(head / p.group) * p.kv_head_stride +
+               (int64_t)p.first_key * p.kv_row_stride;
     };
-    auto copy_v = [&](int copier, int j) {
-        copy_rows<HD, KEYS, S::COPIERS>(v_smem + j % S::STAGES * S::V_BYTES, v, p.kv_row_stride, j * KEYS, p.num_keys,
-                                        copier, lane);
-        copies_arrive(full_v + 8 * (j % S::STAGES));
+    auto copy_k = [&](int copier, int64_t offset, int j, int stage) {
+        copy_rows<HD, KEYS, S::COPIERS, 16>(k_smem + stage * S::K_BYTES, (const rf_bf16 *)p.k + offset, p.kv_row_stride,
+                                            j * KEYS, p.num_keys, copier, lane);
+        copies_arrive(full_k + 8 * stage);
     };
-    if constexpr (S::RESIDENT) { /* num_tiles <= STAGES */
-        copy_q(warp);
-        copy_k(warp, 0);
-        copy_v(warp, 0);
-        if (num_tiles > 1) {
-            copy_k(warp, 1);
-            copy_v(warp, 1);
+    auto copy_v = [&](int copier, int64_t offset, int j, int stage) {
+        copy_rows<HD, KEYS, S::COPIERS, 128>(v_smem + stage * S::V_BYTES, (const rf_bf16 *)p.v + offset,
+                                             p.kv_row_stride, j * KEYS, p.num_keys, copier, lane);
+        copies_arrive(full_v + 8 * stage);
+    };
+    if constexpr (S::RESIDENT) { /* one item, num_tiles <= STAGES */
+        const int64_t offset = kv_offset(blockIdx.x);
+        copy_q(warp, blockIdx.x, 0);
+        for (int j = 0; j < num_tiles; j++) {
+            copy_k(warp, offset, j, j);
+            copy_v(warp, offset, j, j);
         }
     } else {
         if (warp >= WGS * 4) {
             if constexpr (S::MOVES_REGISTERS) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
             const int copier = warp - WGS * 4;
-            copy_q(copier);
-            for (int j = 0; j < num_tiles; j++) {
-                const uint32_t parity = (j / S::STAGES & 1) ^ 1;
-                rf_mbar_wait(free_k + 8 * (j % S::STAGES), parity, "free_k");
-                copy_k(copier, j);
-                rf_mbar_wait(free_v + 8 * (j % S::STAGES), parity, "free_v");
-                copy_v(copier, j);
+            ring_place<S::Q_STAGES> at_q;
+            ring_place<S::STAGES> at;
+            for (int item = blockIdx.x; item < num_items; item += gridDim.x) {
+                rf_mbar_wait(free_q + 8 * at_q.stage, at_q.parity ^ 1, "free_q");
+                copy_q(copier, item, at_q.stage);
+                at_q.next();
+                const int64_t offset = kv_offset(item);
+                for (int j = 0; j < num_tiles; j++) {
+                    rf_mbar_wait(free_k + 8 * at.stage, at.parity ^ 1, "free_k");
+                    copy_k(copier, offset, j, at.stage);
+                    rf_mbar_wait(free_v + 8 * at.stage, at.parity ^ 1, "free_v");
+                    copy_v(copier, offset, j, at.stage);
+                    at.next();
+                }
             }
             asm volatile("cp.async.wait_all;" ::: "memory"); /* a block may not leave with copies under way */
             return;
@@ -271,38 +309,63 @@ static __global__ void __launch_bounds__(wg_shape<HD, WGS, PRODUCERS>::THREADS,
 
     /* consumers: thread t of a warpgroup holds rows 16 (t / 32) + t % 32 / 4, + 8 of its 64 */
     const int wg = warp >> 2;
-    const int row = first_row + wg * 64 + (warp & 3) * 16 + (lane >> 2);
-    float o[S::BLOCKS * 32], tail[4] = {0.0f, 0.0f, 0.0f, 0.0f}, sc[64];
+    float o[HD / 2], sc[64];
     uint32_t pr[KEYS / 16][4];
-    float m[2] = {-INFINITY, -INFINITY}, l[2] = {0.0f, 0.0f}, alpha[2];
-#pragma unroll
-    for (int i = 0; i < S::BLOCKS * 32; i++) o[i] = 0.0f;
+    float m[2], l[2], alpha[2];
+    ring_place<S::Q_STAGES> at_q;
+    ring_place<S::STAGES> at_k, at_v; /* P V is a tile behind Q K^T */
 
-    auto issue_scores = [&](int j) {
-        const uint32_t a = q_smem + wg * 8192, b = k_smem + j % S::STAGES * S::K_BYTES;
+    auto wait_full = [&](uint32_t bar, uint32_t parity, const char *name) {
+        rf_mbar_wait(bar, parity, name);
+        fence_async_proxy();
+    };
+    auto release = [&](uint32_t bar) {
+        if (lane == 0) rf_mbar_arrive(bar);
+    };
+    /* Queues S = Q K^T of the tile at at_k, as one group. */
+    auto issue_scores = [&]() {
+        wait_full(full_k + 8 * at_k.stage, at_k.parity, "full_k");
+        const uint32_t q_base = q_smem + at_q.stage * S::Q_BYTES, a = q_base + wg * 8192,
+                       b = k_smem + at_k.stage * S::K_BYTES;
+        rf_wgmma_pin(sc);
+        rf_wgmma_pin(o);
+        rf_wgmma_fence();
 #pragma unroll
         for (int step = 0; step < S::BLOCKS * 4; step++)
             scores_add(sc, rf_wgmma_desc(a + step / 4 * S::Q_BLOCK + step % 4 * 32),
                        rf_wgmma_desc(b + step / 4 * S::KV_BLOCK + step % 4 * 32), step > 0);
         if constexpr (S::TAIL)
-            scores_add(sc, plain_desc(q_smem + S::BLOCKS * S::Q_BLOCK + wg * 1024, S::Q_PLANE, 128),
+            scores_add(sc, plain_desc(q_base + S::BLOCKS * S::Q_BLOCK + wg * 1024, S::Q_PLANE, 128),
                        plain_desc(b + S::BLOCKS * S::KV_BLOCK, S::KV_PLANE, 128), 1);
+        rf_wgmma_commit();
     };
-    auto issue_values = [&](int j) {
-        const uint32_t b = v_smem + j % S::STAGES * S::V_BYTES;
+    /* Queues O += P V of the tile at at_v, as one group. */
+    auto issue_values = [&]() {
+        wait_full(full_v + 8 * at_v.stage, at_v.parity, "full_v");
+        rf_wgmma_fence();
+        const uint32_t b = v_smem + at_v.stage * S::V_BYTES;
 #pragma unroll
         for (int step = 0; step < KEYS / 16; step++) {
-            product<S::BLOCKS * 64>::add(o, pr[step], values_desc(b + step * 2048, S::KV_BLOCK));
-            if constexpr (S::TAIL)
-                product<8>::add(tail, pr[step], plain_desc(b + S::BLOCKS * S::KV_BLOCK + step * 256, 128, S::KV_PLANE));
+            product<HD>::add(o, pr[step], values_desc(b + step * 2048, S::KV_BLOCK));
+        }
+        rf_wgmma_commit();
+    };
+    auto scores_done = [&](bool last) {
+        rf_wgmma_pin(sc);
+        release(free_k + 8 * at_k.stage);
+        at_k.next();
+        if (last) { /* of this item: Q is not read again */
+            release(free_q + 8 * at_q.stage);
+            at_q.next();
         }
     };
-    auto wait_full = [&](uint32_t bar, int j, const char *name) {
-        rf_mbar_wait(bar + 8 * (j % S::STAGES), j / S::STAGES & 1, name);
-        fence_async_proxy();
-    };
-    auto release = [&](uint32_t bar, int j) {
-        if (lane == 0) rf_mbar_arrive(bar + 8 * (j % S::STAGES));
+    auto values_done = [&]() {
+        rf_wgmma_pin(o);
+#pragma unroll
+        for (int step = 0; step < KEYS / 16; step++) /* the products have read P: only now may it change */
+            asm volatile("" : "+r"(pr[step][0]), "+r"(pr[step][1]), "+r"(pr[step][2]), "+r"(pr[step][3])::"memory");
+        release(free_v + 8 * at_v.stage);
+        at_v.next();
     };
     /* sc := p of tile j, m and l move on; alpha is what o must be scaled by. */
     auto softmax = [&](int j) {
@@ -345,73 +408,57 @@ static __global__ void __launch_bounds__(wg_shape<HD, WGS, PRODUCERS>::THREADS,
         }
     };
 
-    rf_mbar_wait(full_q, 0, "full_q");
-    wait_full(full_k, 0, "full_k");
-    rf_wgmma_pin(sc);
-    rf_wgmma_fence();
-    issue_scores(0);
-    rf_wgmma_commit();
-    rf_wgmma_wait<0>();
-    rf_wgmma_pin(sc);
-    release(free_k, 0);
-    softmax(0);
-    pack();
-    for (int j = 1; j < num_tiles; j++) {
-        wait_full(full_k, j, "full_k");
-        rf_wgmma_pin(sc);
-        rf_wgmma_pin(o);
-        rf_wgmma_pin(tail);
-        rf_wgmma_fence();
-        issue_scores(j);
-        rf_wgmma_commit();
-        wait_full(full_v, j - 1, "full_v");
-        issue_values(j - 1);
-        rf_wgmma_commit();
-        rf_wgmma_wait<1>();
-        rf_wgmma_pin(sc);
-        release(free_k, j);
-        softmax(j);
-        rf_wgmma_wait<0>();
-        rf_wgmma_pin(o);
-        rf_wgmma_pin(tail);
+    for (int item = blockIdx.x; item < num_items; item += gridDim.x) {
 #pragma unroll
-        for (int step = 0; step < KEYS / 16; step++) /* the products have read P: only now may it change */
-            asm volatile("" : "+r"(pr[step][0]), "+r"(pr[step][1]), "+r"(pr[step][2]), "+r"(pr[step][3])::"memory");
-        release(free_v, j - 1);
-#pragma unroll
-        for (int i = 0; i < S::BLOCKS * 32; i++) o[i] *= alpha[i >> 1 & 1];
-#pragma unroll
-        for (int i = 0; i < 4; i++) tail[i] *= alpha[i >> 1];
-        pack();
-    }
-    wait_full(full_v, num_tiles - 1, "full_v");
-    rf_wgmma_pin(o);
-    rf_wgmma_pin(tail);
-    rf_wgmma_fence();
-    issue_values(num_tiles - 1);
-    rf_wgmma_commit();
-    rf_wgmma_wait<0>();
-    rf_wgmma_pin(o);
-    rf_wgmma_pin(tail);
+        for (int i = 0; i < HD / 2; i++) o[i] = 0.0f;
+        m[0] = m[1] = -INFINITY;
+        l[0] = l[1] = 0.0f;
 
+        wait_full(full_q + 8 * at_q.stage, at_q.parity, "full_q");
+        issue_scores();
+        rf_wgmma_wait<0>();
+        scores_done(num_tiles == 1);
+        softmax(0);
+        pack();
+        for (int j = 1; j < num_tiles; j++) {
+            issue_scores();
+            issue_values();
+            rf_wgmma_wait<1>();
+            scores_done(j == num_tiles - 1);
+            softmax(j);
+            rf_wgmma_wait<0>();
+            values_done();
 #pragma unroll
-    for (int h = 0; h < 2; h++) {
-        float sum = l[h];
-        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-        const int r = row + 8 * h;
-        if (r >= p.q_len) continue;
-        const float inv = 1.0f / sum;
-        rf_bf16 *const out =
-            (rf_bf16 *)p.out + sample * p.out_batch_stride + r * p.out_row_stride + head * p.out_head_stride;
+            for (int i = 0; i < HD / 2; i++) o[i] *= alpha[i >> 1 & 1];
+            pack();
+        }
+        rf_wgmma_pin(o);
+        issue_values();
+        rf_wgmma_wait<0>();
+        values_done();
+
+        const int row_tile = item % q_tiles, head = item / q_tiles % p.num_q_heads,
+                  sample = item / q_tiles / p.num_q_heads;
+        const int row = row_tile * S::ROWS + wg * 64 + (warp & 3) * 16 + (lane >> 2);
 #pragma unroll
-        for (int c = 0; c < S::BLOCKS * 8; c++)
-            *(uint32_t *)(out + c * 8 + (lane & 3) * 2) = pack2(o[4 * c + 2 * h] * inv, o[4 * c + 2 * h + 1] * inv);
-        if constexpr (S::TAIL)
-            *(uint32_t *)(out + S::BLOCKS * 64 + (lane & 3) * 2) = pack2(tail[2 * h] * inv, tail[2 * h + 1] * inv);
-        if (p.lse && (lane & 3) == 0)
-            p.lse[((int64_t)sample * p.num_q_heads + head) * p.q_len + r] =
-                (m[h] * p.scale_log2 + log2f(sum)) * 0.6931471805599453f;
+        for (int h = 0; h < 2; h++) {
+            float sum = l[h];
+            sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+            sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+            const int r = row + 8 * h;
+            const bool inside = r < p.q_len;
+            const float inv = 1.0f / sum;
+            rf_bf16 *const out =
+                (rf_bf16 *)p.out + sample * p.out_batch_stride + r * p.out_row_stride + head * p.out_head_stride;
+#pragma unroll
+            for (int c = 0; c < HD / 8; c++)
+                if (inside)
+                    *(uint32_t *)(out + c * 8 + (lane & 3) * 2) =
+                        pack2(o[4 * c + 2 * h] * inv, o[4 * c + 2 * h + 1] * inv);
+            if (p.lse && inside && (lane & 3) == 0)
+                p.lse[((int64_t)sample * p.num_q_heads + head) * p.q_len + r] =
+                    (m[h] * p.scale_log2 + log2f(sum)) * 0.6931471805599453f;
+        }
     }
 }
 
@@ -419,7 +466,7 @@ static __global__ void __launch_bounds__(wg_shape<HD, WGS, PRODUCERS>::THREADS,
 
 template <int HD, int WGS, int PRODUCERS>
 static __global__ void __launch_bounds__(wg_shape<HD, WGS, PRODUCERS>::THREADS)
-    attention_wgmma_kernel(const __grid_constant__ rf_attention_params p) {}
+    attention_wgmma_kernel(const __grid_constant__ rf_attention_params p, int num_items) {}
 
 #endif
 
@@ -440,7 +487,8 @@ rf_status rf_attention_wgmma_check(const rf_attention_args *args, int sm, rf_err
                        (double)args->softmax_scale);
     if (args->kv_len < 1 || (args->num_ranges == 1 && args->ranges[0].end <= args->ranges[0].begin))
         return rf_fail(err, RF_ERR_UNSUPPORTED, "attention: the wgmma kernel needs at least one key");
-    if (args->q_len > INT32_MAX - 256 || args->kv_len > INT32_MAX - 256 || args->num_q_heads > 65535)
+    if (args->q_len > INT32_MAX - 256 || args->kv_len > INT32_MAX - 256 ||
+        rf_ceil_div(args->q_len, 64) * args->num_q_heads > INT32_MAX / (args->batch > 0 ? args->batch : 1))
         return rf_fail(err, RF_ERR_SHAPE, "attention: too many rows, keys or heads for the wgmma kernel");
     const int64_t strides[9] = {args->q_row_stride,   args->q_head_stride,   args->kv_row_stride,
                                 args->kv_head_stride, args->out_row_stride,  args->out_head_stride,
@@ -458,7 +506,7 @@ bool rf_attention_wgmma_wins(const rf_attention_args *args) {
 }
 
 template <int HD, int WGS, int PRODUCERS>
-static rf_status launch(rf_stream *stream, const rf_attention_params &params, rf_error *err) {
+static rf_status launch(rf_stream *stream, const rf_attention_params &p, rf_error *err) {
     using Shape = wg_shape<HD, WGS, PRODUCERS>;
     static std::atomic<uint64_t> allowed{0};
     auto *const kernel = attention_wgmma_kernel<HD, WGS, PRODUCERS>;
@@ -468,20 +516,19 @@ static rf_status launch(rf_stream *stream, const rf_attention_params &params, rf
         return RF_OK;
     }
     if (code != cudaSuccess) return rf_cuda_fail(err, "attention", code);
-    rf_attention_params p = params;
-    for (int first = 0; first < p.batch; first += 65535) {
-        p.batch_first = first;
-        const int count = p.batch - first < 65535 ? p.batch - first : 65535;
-        const dim3 grid((unsigned)rf_ceil_div(p.q_len, Shape::ROWS), (unsigned)p.num_q_heads, (unsigned)count);
-        rf_status status =
-            rf_launch(stream, "attention", err, kernel, grid, dim3(Shape::THREADS), Shape::SHARED_BYTES, p);
-        if (status != RF_OK) return status;
-    }
-    return RF_OK;
+    const int num_items = (int)(rf_ceil_div(p.q_len, Shape::ROWS) * p.num_q_heads * p.batch);
+    const int num_sms = rf_backend_num_sms(rf_stream_backend(stream));
+    const int blocks = Shape::RESIDENT || num_items < num_sms ? num_items : num_sms;
+    return rf_launch_early(stream, "attention", err, kernel, dim3((unsigned)blocks), dim3(Shape::THREADS),
+                           Shape::SHARED_BYTES, p, num_items);
 }
 
+/* The resident form needs all keys in two tiles; it is worth it while the ring's larger items would leave SMs idle. */
 template <int HD> static rf_status launch_rows(rf_stream *stream, const rf_attention_params &p, rf_error *err) {
-    return p.num_keys <= 2 * KEYS ? launch<HD, 1, 0>(stream, p, err) : launch<HD, 2, 4>(stream, p, err);
+    const int num_sms = stream ? rf_backend_num_sms(rf_stream_backend(stream)) : 0;
+    const int64_t items = rf_ceil_div(p.q_len, 128) * p.num_q_heads * p.batch;
+    return p.num_keys <= 2 * KEYS && items < 2 * num_sms ? launch<HD, 1, 0>(stream, p, err)
+                                                         : launch<HD, 2, 4>(stream, p, err);
 }
 
 rf_status rf_attention_wgmma_run(rf_stream *stream, const rf_attention_args *args, rf_error *err) {

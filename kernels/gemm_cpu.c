@@ -4,8 +4,8 @@
  *          bias or addend, BLAS adds the product, and the activation runs while the block is in cache. One BLAS thread per
  *          task beats BLAS's own threads on the shapes of small transformers (2048 x 216..864 on two cores: 215 against
  *          163..203 GFLOP/s).
- * BLAS     OpenBLAS picks its kernel by processor model; on one newer than the library it may take an older kernel
- *          (OPENBLAS_CORETYPE=SkylakeX in the environment then helps on AVX-512 machines, by 1.8x where we saw it). */
+ * BLAS     OpenBLAS picks its kernel by processor model. An OPENBLAS_CORETYPE=Haswell left in the environment of a machine
+ *          with AVX-512 costs 1.8x. */
 #include <cblas.h>
 #include <stdatomic.h>
 

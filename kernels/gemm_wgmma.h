@@ -16,7 +16,8 @@ extern "C" {
 #define RF_GEMM_WGMMA_ID 1000
 
 int rf_gemm_wgmma_num_configs(void);
-/* "128x144", rows of y times columns of y per thread block; NULL outside [0, num_configs). */
+/* "128x144": rows of y times columns of y per thread block. "pp192c2": persistent, two consumers in turns with tiles of
+ * 128 x 192 each, clusters of 2 blocks; no erf GELU. NULL outside [0, num_configs). */
 const char *rf_gemm_wgmma_config_name(int config);
 /* The same answer the launch gives: RF_OK, or why this config cannot run these args on this stream's GPU. */
 rf_status rf_gemm_wgmma_check(rf_stream *stream, const rf_gemm_args *args, int config, rf_error *err);

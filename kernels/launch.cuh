@@ -17,20 +17,47 @@ static inline rf_status rf_cuda_fail(rf_error *err, const char *label, cudaError
 }
 
 template <typename... Params, typename... Args>
-static rf_status rf_launch(rf_stream *stream, const char *label, rf_error *err, void (*kernel)(Params...), dim3 grid,
-                           dim3 block, size_t shared_bytes, Args... args) {
+static rf_status rf_launch_with(rf_stream *stream, const char *label, rf_error *err, bool early,
+                                void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, Args... args) {
     if (grid.x == 0 || grid.y == 0 || grid.z == 0) return RF_OK;
     cudaLaunchConfig_t config = {};
     config.gridDim = grid;
     config.blockDim = block;
     config.dynamicSmemBytes = shared_bytes;
     config.stream = (cudaStream_t)rf_stream_native(stream);
+    cudaLaunchAttribute attribute = {};
+    if (early && rf_backend_sm(rf_stream_backend(stream)) >= 90) {
+        attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attribute.val.programmaticStreamSerializationAllowed = 1;
+        config.attrs = &attribute;
+        config.numAttrs = 1;
+    }
     cudaError_t code = cudaLaunchKernelEx(&config, kernel, Params(args)...);
     cudaError_t last = cudaGetLastError(); /* also clears what the launch left behind */
     if (code == cudaSuccess) code = last;
     if (code != cudaSuccess) return rf_cuda_fail(err, label, code);
     rf_stream_note_launch(stream, label);
     return RF_OK;
+}
+
+template <typename... Params, typename... Args>
+static rf_status rf_launch(rf_stream *stream, const char *label, rf_error *err, void (*kernel)(Params...), dim3 grid,
+                           dim3 block, size_t shared_bytes, Args... args) {
+    return rf_launch_with(stream, label, err, false, kernel, grid, block, shared_bytes, args...);
+}
+
+/* The blocks of the kernel may take their places while the kernel before it still drains (programmatic dependent launch):
+ * every thread of it must call rf_wait_for_previous before it touches global memory, to read or to write. */
+template <typename... Params, typename... Args>
+static rf_status rf_launch_early(rf_stream *stream, const char *label, rf_error *err, void (*kernel)(Params...),
+                                 dim3 grid, dim3 block, size_t shared_bytes, Args... args) {
+    return rf_launch_with(stream, label, err, true, kernel, grid, block, shared_bytes, args...);
+}
+
+static __device__ __forceinline__ void rf_wait_for_previous(void) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 /* Prepares a kernel that lives in shared memory: allows more than 48 KB of it, and asks for the largest share of L1, because

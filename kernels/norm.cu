@@ -54,6 +54,7 @@ static __global__ void __launch_bounds__(ROW_THREADS == 32 ? 128 : ROW_THREADS)
     __shared__ float shared[3][ROW_THREADS / 32];
     const int lane = threadIdx.x % ROW_THREADS;
     const int64_t i = (int64_t)blockIdx.x * ROWS + threadIdx.x / ROW_THREADS;
+    rf_wait_for_previous();
     if (i >= p.num_rows) return; /* a whole warp or block */
     const int64_t row = p.rows ? p.rows[i] : i;
     const int cols = (int)p.cols;
@@ -238,16 +239,18 @@ static rf_status launch(rf_stream *stream, const char *label, const rf_residual_
     const int64_t cols = p.cols;
     const dim3 rows((unsigned)p.num_rows);
     if (cols <= 512) /* a warp per row, four rows a block */
-        return rf_launch(stream, label, err, residual_norm_kernel<X, Y, T, 32, 4>,
-                         dim3((unsigned)rf_ceil_div(p.num_rows, 4)), dim3(128), 0, p, write_x);
+        return rf_launch_early(stream, label, err, residual_norm_kernel<X, Y, T, 32, 4>,
+                               dim3((unsigned)rf_ceil_div(p.num_rows, 4)), dim3(128), 0, p, write_x);
     if (cols <= 1152)
-        return rf_launch(stream, label, err, residual_norm_kernel<X, Y, T, 32, 9>,
-                         dim3((unsigned)rf_ceil_div(p.num_rows, 4)), dim3(128), 0, p, write_x);
+        return rf_launch_early(stream, label, err, residual_norm_kernel<X, Y, T, 32, 9>,
+                               dim3((unsigned)rf_ceil_div(p.num_rows, 4)), dim3(128), 0, p, write_x);
     if (cols <= 2048) /* a block per row */
-        return rf_launch(stream, label, err, residual_norm_kernel<X, Y, T, 128, 4>, rows, dim3(128), 0, p, write_x);
+        return rf_launch_early(stream, label, err, residual_norm_kernel<X, Y, T, 128, 4>, rows, dim3(128), 0, p,
+                               write_x);
     if (cols <= 4096)
-        return rf_launch(stream, label, err, residual_norm_kernel<X, Y, T, 256, 4>, rows, dim3(256), 0, p, write_x);
-    return rf_launch(stream, label, err, residual_norm_kernel<X, Y, T, 512, 8>, rows, dim3(512), 0, p, write_x);
+        return rf_launch_early(stream, label, err, residual_norm_kernel<X, Y, T, 256, 4>, rows, dim3(256), 0, p,
+                               write_x);
+    return rf_launch_early(stream, label, err, residual_norm_kernel<X, Y, T, 512, 8>, rows, dim3(512), 0, p, write_x);
 }
 
 template <class X, class Y>

@@ -77,6 +77,62 @@ static __device__ __forceinline__ void rf_tma_load_2d(uint32_t dst, const CUtens
         : "memory");
 }
 
+/* --- clusters --------------------------------------------------------------------------------------------------------- */
+
+static __device__ __forceinline__ uint32_t rf_cluster_rank(void) {
+    uint32_t rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+/* Barrier over all threads of the cluster, for the inits that rf_mbar_init_fence published and for leaving together: it does
+ * not order other writes, which would mean waiting for every store. */
+static __device__ __forceinline__ void rf_cluster_sync(void) {
+    asm volatile("barrier.cluster.arrive.relaxed;\n"
+                 "barrier.cluster.wait.acquire;" ::
+                     : "memory");
+}
+/* Arrives on the barrier at the same place in block `rank` of the cluster. */
+static __device__ __forceinline__ void rf_mbar_arrive_at(uint32_t bar, uint32_t rank) {
+    asm volatile("{\n"
+                 ".reg .b32 remote;\n"
+                 "mapa.shared::cluster.u32 remote, %0, %1;\n"
+                 "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
+                 "}" ::"r"(bar),
+                 "r"(rank)
+                 : "memory");
+}
+/* rf_tma_load_2d into every block of the mask, to the same address in each and completing on the same barrier in each. */
+static __device__ __forceinline__ void rf_tma_load_2d_to(uint32_t dst, const CUtensorMap *map, int column, int row,
+                                                         uint32_t bar, uint16_t mask) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+                 "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(dst),
+                 "l"((uint64_t)map), "r"(column), "r"(row), "r"(bar), "h"(mask)
+                 : "memory");
+}
+
+/* --- registers -------------------------------------------------------------------------------------------------------- */
+
+/* By every warp of a warpgroup; NUM a multiple of 8. */
+template <int NUM> static __device__ __forceinline__ void rf_registers_raise(void) {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(NUM));
+}
+template <int NUM> static __device__ __forceinline__ void rf_registers_lower(void) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(NUM));
+}
+
+/* --- special functions ------------------------------------------------------------------------------------------------ */
+
+static __device__ __forceinline__ float rf_fast_exp2(float v) {
+    float out;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(v));
+    return out;
+}
+static __device__ __forceinline__ float rf_fast_reciprocal(float v) {
+    float out;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(v));
+    return out;
+}
+
 /* --- wgmma ---------------------------------------------------------------------------------------------------------- */
 
 /* K-major, 128-byte swizzle: start address / 16 in bits 0-13, leading offset (unused with this swizzle) 1 in 16-29, stride

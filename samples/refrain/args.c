@@ -7,30 +7,12 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "core/text.h"
 #include "samples/refrain/program.h"
 
 #define HELP_COLUMNS     80
 #define HELP_TEXT_COLUMN 30
-#define MAX_WORD         32 /* longer words are not compared */
-
-/* Levenshtein distance of two words of at most MAX_WORD bytes. */
-static int edit_distance(const char *a, size_t a_len, const char *b, size_t b_len) {
-    int row[MAX_WORD + 1];
-    if (a_len > MAX_WORD || b_len > MAX_WORD) return MAX_WORD;
-    for (size_t j = 0; j <= b_len; j++) row[j] = (int)j;
-    for (size_t i = 1; i <= a_len; i++) {
-        int diagonal = row[0];
-        row[0] = (int)i;
-        for (size_t j = 1; j <= b_len; j++) {
-            int best = diagonal + (a[i - 1] != b[j - 1]);
-            if (row[j] + 1 < best) best = row[j] + 1;
-            if (row[j - 1] + 1 < best) best = row[j - 1] + 1;
-            diagonal = row[j];
-            row[j] = best;
-        }
-    }
-    return row[b_len];
-}
+#define FAR_AWAY         64 /* more than any distance of two words */
 
 static bool is_near(int distance, size_t word_len) {
     return distance <= 3 && (size_t)distance * 2 <= word_len;
@@ -38,11 +20,11 @@ static bool is_near(int distance, size_t word_len) {
 
 const char *args_nearest(const char *word, const char *words, size_t *len) {
     const char *best = NULL;
-    int best_distance = MAX_WORD;
+    int best_distance = FAR_AWAY;
     size_t word_len = strlen(word);
     for (const char *w = words; *w;) {
         size_t w_len = strcspn(w, " ");
-        int distance = edit_distance(word, word_len, w, w_len);
+        int distance = rf_text_distance(word, word_len, w, w_len);
         if (is_near(distance, word_len) && distance < best_distance) {
             best = w;
             best_distance = distance;
@@ -56,11 +38,11 @@ const char *args_nearest(const char *word, const char *words, size_t *len) {
 
 static void unknown_option(const arg_spec *spec, const char *shown, const char *name, size_t name_len) {
     const char *best = NULL;
-    int best_distance = MAX_WORD;
+    int best_distance = FAR_AWAY;
     for (size_t i = 0; i < spec->num_options; i++) {
         const char *candidate = spec->options[i].name;
         bool starts = name_len >= 3 && strncmp(candidate, name, name_len) == 0;
-        int distance = starts ? 1 : edit_distance(name, name_len, candidate, strlen(candidate));
+        int distance = starts ? 1 : rf_text_distance(name, name_len, candidate, strlen(candidate));
         if (is_near(distance, name_len) && distance < best_distance) {
             best = candidate;
             best_distance = distance;

@@ -2,9 +2,12 @@
  *
  * One file per command (cmd_*.c); args.c reads options, report.c writes JSON and PNG texts, progress.c draws the bar,
  * program.c holds what all of them need. */
+#include <limits.h>
 #include <signal.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "samples/refrain/args.h"
 #include "samples/refrain/program.h"
@@ -60,7 +63,30 @@ static int unknown_command(const char *name) {
     return EXIT_USAGE;
 }
 
+#ifdef __linux__
+#define RESTARTED "REFRAIN_RESTARTED"
+
+/* GNU OpenMP reads its settings when it is loaded, before main. So the program sets what it wants and starts itself once
+ * more, unless the user has said something about waiting; if that fails it runs as it is. Threads that wait shall sleep, not
+ * spin: as fast on an idle machine, several times faster on one that others use too (docs/performance.md). */
+static void restart_with_sleeping_threads(char **argv) {
+    char path[PATH_MAX];
+    if (getenv(RESTARTED)) {
+        unsetenv(RESTARTED);
+        return;
+    }
+    if (getenv("OMP_WAIT_POLICY") || getenv("GOMP_SPINCOUNT")) return;
+    ssize_t len = readlink("/proc/self/exe", path, sizeof path - 1);
+    if (len < 0 || setenv(RESTARTED, "1", 1) != 0 || setenv("OMP_WAIT_POLICY", "passive", 1) != 0) return;
+    path[len] = 0;
+    execv(path, argv);
+}
+#endif
+
 int main(int argc, char **argv) {
+#ifdef __linux__
+    restart_with_sleeping_threads(argv);
+#endif
     /* A full disk or a closed pipe is a failed write with a message, not a signal. */
     signal(SIGXFSZ, SIG_IGN);
     signal(SIGPIPE, SIG_IGN);

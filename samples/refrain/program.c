@@ -1,4 +1,5 @@
-/* samples/refrain/program.c - messages, cancelling, and finding things. The environment is read here and nowhere else. */
+/* samples/refrain/program.c - messages, cancelling, and finding things. Only this file and the start of
+ * main.c read the environment. */
 #include "samples/refrain/program.h"
 
 #include <errno.h>

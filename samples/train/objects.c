@@ -36,26 +36,54 @@ const char *obj_class_name(int class_id) {
 
 /* ---- small vectors ---------------------------------------------------------------------------------------------- */
 
-typedef struct { float x, y, z; } vec3;
+typedef struct {
+    float x, y, z;
+} vec3;
 
-OBJ_FN vec3 v3(float x, float y, float z) { vec3 v; v.x = x; v.y = y; v.z = z; return v; }
-OBJ_FN vec3 add(vec3 a, vec3 b) { return v3(a.x + b.x, a.y + b.y, a.z + b.z); }
-OBJ_FN vec3 sub(vec3 a, vec3 b) { return v3(a.x - b.x, a.y - b.y, a.z - b.z); }
-OBJ_FN vec3 mul(vec3 a, vec3 b) { return v3(a.x * b.x, a.y * b.y, a.z * b.z); }
-OBJ_FN vec3 scale(vec3 a, float s) { return v3(a.x * s, a.y * s, a.z * s); }
-OBJ_FN vec3 along(vec3 origin, vec3 dir, float t) { return add(origin, scale(dir, t)); }
-OBJ_FN vec3 mix3(vec3 a, vec3 b, float t) { return add(a, scale(sub(b, a), t)); }
-OBJ_FN float dot3(vec3 a, vec3 b) { return a.x * b.x + a.y * b.y + a.z * b.z; }
+OBJ_FN vec3 v3(float x, float y, float z) {
+    vec3 v;
+    v.x = x;
+    v.y = y;
+    v.z = z;
+    return v;
+}
+OBJ_FN vec3 add(vec3 a, vec3 b) {
+    return v3(a.x + b.x, a.y + b.y, a.z + b.z);
+}
+OBJ_FN vec3 sub(vec3 a, vec3 b) {
+    return v3(a.x - b.x, a.y - b.y, a.z - b.z);
+}
+OBJ_FN vec3 mul(vec3 a, vec3 b) {
+    return v3(a.x * b.x, a.y * b.y, a.z * b.z);
+}
+OBJ_FN vec3 scale(vec3 a, float s) {
+    return v3(a.x * s, a.y * s, a.z * s);
+}
+OBJ_FN vec3 along(vec3 origin, vec3 dir, float t) {
+    return add(origin, scale(dir, t));
+}
+OBJ_FN vec3 mix3(vec3 a, vec3 b, float t) {
+    return add(a, scale(sub(b, a), t));
+}
+OBJ_FN float dot3(vec3 a, vec3 b) {
+    return a.x * b.x + a.y * b.y + a.z * b.z;
+}
 OBJ_FN vec3 cross3(vec3 a, vec3 b) {
     return v3(a.y * b.z - a.z * b.y, a.z * b.x - a.x * b.z, a.x * b.y - a.y * b.x);
 }
-OBJ_FN vec3 normalize3(vec3 a) { return scale(a, 1.0f / sqrtf(dot3(a, a))); }
-OBJ_FN float clampf(float x, float lo, float hi) { return fminf(fmaxf(x, lo), hi); }
+OBJ_FN vec3 normalize3(vec3 a) {
+    return scale(a, 1.0f / sqrtf(dot3(a, a)));
+}
+OBJ_FN float clampf(float x, float lo, float hi) {
+    return fminf(fmaxf(x, lo), hi);
+}
 OBJ_FN float smooth(float lo, float hi, float x) {
     float t = clampf((x - lo) / (hi - lo), 0.0f, 1.0f);
     return t * t * (3.0f - 2.0f * t);
 }
-OBJ_FN float length2(float x, float y) { return sqrtf(x * x + y * y); }
+OBJ_FN float length2(float x, float y) {
+    return sqrtf(x * x + y * y);
+}
 
 /* ---- the scene of one picture ----------------------------------------------------------------------------------- */
 
@@ -72,16 +100,41 @@ typedef struct {
 } scene;
 
 enum slot {
-    SLOT_AZIMUTH, SLOT_ELEVATION, SLOT_DISTANCE, SLOT_FOV, SLOT_FRAME_X, SLOT_FRAME_Y, SLOT_SCALE, SLOT_YAW, SLOT_TILT,
-    SLOT_TILT_KIND, SLOT_LIGHT_SIDE, SLOT_LIGHT_TURN, SLOT_LIGHT_HEIGHT, SLOT_LIGHT_POWER, SLOT_LIGHT_WARMTH,
-    SLOT_SHADOW, SLOT_FLOOR_KIND, SLOT_FLOOR_HUE, SLOT_FLOOR_VALUE, SLOT_FLOOR_CONTRAST, SLOT_FLOOR_TURN,
-    SLOT_FLOOR_SHIFT_X, SLOT_FLOOR_SHIFT_Z, SLOT_FLOOR_PERIOD, SLOT_SKY_HUE, SLOT_SKY_VALUE, SLOT_TINT
+    SLOT_AZIMUTH,
+    SLOT_ELEVATION,
+    SLOT_DISTANCE,
+    SLOT_FOV,
+    SLOT_FRAME_X,
+    SLOT_FRAME_Y,
+    SLOT_SCALE,
+    SLOT_YAW,
+    SLOT_TILT,
+    SLOT_TILT_KIND,
+    SLOT_LIGHT_SIDE,
+    SLOT_LIGHT_TURN,
+    SLOT_LIGHT_HEIGHT,
+    SLOT_LIGHT_POWER,
+    SLOT_LIGHT_WARMTH,
+    SLOT_SHADOW,
+    SLOT_FLOOR_KIND,
+    SLOT_FLOOR_HUE,
+    SLOT_FLOOR_VALUE,
+    SLOT_FLOOR_CONTRAST,
+    SLOT_FLOOR_TURN,
+    SLOT_FLOOR_SHIFT_X,
+    SLOT_FLOOR_SHIFT_Z,
+    SLOT_FLOOR_PERIOD,
+    SLOT_SKY_HUE,
+    SLOT_SKY_VALUE,
+    SLOT_TINT
 };
 
 /* The splitmix64 finaliser: every input bit reaches every output bit. */
 OBJ_FN uint64_t scramble(uint64_t x) {
-    x ^= x >> 30; x *= 0xbf58476d1ce4e5b9ull;
-    x ^= x >> 27; x *= 0x94d049bb133111ebull;
+    x ^= x >> 30;
+    x *= 0xbf58476d1ce4e5b9ull;
+    x ^= x >> 27;
+    x *= 0x94d049bb133111ebull;
     return x ^ (x >> 31);
 }
 
@@ -95,7 +148,8 @@ OBJ_FN vec3 muted_color(float hue, float saturation, float value) {
     float r = 0.5f + 0.5f * cosf(6.2831853f * hue);
     float g = 0.5f + 0.5f * cosf(6.2831853f * (hue - 0.33333333f));
     float b = 0.5f + 0.5f * cosf(6.2831853f * (hue - 0.66666667f));
-    return scale(v3(1.0f + saturation * (r - 1.0f), 1.0f + saturation * (g - 1.0f), 1.0f + saturation * (b - 1.0f)), value);
+    return scale(v3(1.0f + saturation * (r - 1.0f), 1.0f + saturation * (g - 1.0f), 1.0f + saturation * (b - 1.0f)),
+                 value);
 }
 
 /* Sizes in object coordinates; scene_make rests the object on the floor from the same numbers. */
@@ -118,12 +172,12 @@ OBJ_FN vec3 muted_color(float hue, float saturation, float value) {
 
 OBJ_FN vec3 material_color(int material) {
     switch (material) {
-    case MAT_RED:    return v3(0.80f, 0.030f, 0.030f);
-    case MAT_GREEN:  return v3(0.035f, 0.48f, 0.060f);
-    case MAT_BLUE:   return v3(0.025f, 0.12f, 0.80f);
+    case MAT_RED: return v3(0.80f, 0.030f, 0.030f);
+    case MAT_GREEN: return v3(0.035f, 0.48f, 0.060f);
+    case MAT_BLUE: return v3(0.025f, 0.12f, 0.80f);
     case MAT_PURPLE: return v3(0.42f, 0.035f, 0.60f);
-    case MAT_GOLD:   return v3(1.00f, 0.62f, 0.13f);
-    default:         return v3(0.93f, 0.95f, 0.98f);
+    case MAT_GOLD: return v3(1.00f, 0.62f, 0.13f);
+    default: return v3(0.93f, 0.95f, 0.98f);
     }
 }
 
@@ -204,8 +258,8 @@ OBJ_FN void scene_make(scene *s, uint64_t seed, uint64_t index, int class_id) {
     float light_turn = draw(key, SLOT_LIGHT_TURN, 22.0f, 75.0f) * deg;
     float light_azimuth = azimuth + (draw(key, SLOT_LIGHT_SIDE, 0.0f, 1.0f) < 0.5f ? -light_turn : light_turn);
     float light_height = draw(key, SLOT_LIGHT_HEIGHT, 36.0f, 62.0f) * deg;
-    s->light_dir = v3(cosf(light_height) * sinf(light_azimuth), sinf(light_height),
-                      cosf(light_height) * cosf(light_azimuth));
+    s->light_dir =
+        v3(cosf(light_height) * sinf(light_azimuth), sinf(light_height), cosf(light_height) * cosf(light_azimuth));
     float warmth = draw(key, SLOT_LIGHT_WARMTH, -0.06f, 0.10f);
     s->light_color = scale(v3(1.0f + warmth, 1.0f, 1.0f - warmth), draw(key, SLOT_LIGHT_POWER, 0.95f, 1.35f));
     s->shadow_sharpness = draw(key, SLOT_SHADOW, 7.0f, 18.0f);
@@ -265,32 +319,32 @@ OBJ_FN float object_distance(int shape, vec3 p) {
         vec3 out = v3(fmaxf(x, 0.0f), fmaxf(y, 0.0f), fmaxf(z, 0.0f));
         return sqrtf(dot3(out, out)) + fminf(fmaxf(x, fmaxf(y, z)), 0.0f) - ROUNDING;
     }
-    case SHAPE_SPHERE:
-        return sqrtf(dot3(p, p)) - SPHERE_RADIUS;
-    case SHAPE_CYLINDER:
-        return meet(length2(p.x, p.z) - CYLINDER_RADIUS, fabsf(p.y) - CYLINDER_HALF);
+    case SHAPE_SPHERE: return sqrtf(dot3(p, p)) - SPHERE_RADIUS;
+    case SHAPE_CYLINDER: return meet(length2(p.x, p.z) - CYLINDER_RADIUS, fabsf(p.y) - CYLINDER_HALF);
     case SHAPE_CONE: {
         const float slope = sqrtf(4.0f * CONE_HALF * CONE_HALF + CONE_RADIUS * CONE_RADIUS);
         float side = (length2(p.x, p.z) * 2.0f * CONE_HALF + (p.y - CONE_HALF) * CONE_RADIUS) / slope;
         return meet(side, -CONE_HALF - p.y);
     }
-    case SHAPE_TORUS:
-        return length2(length2(p.x, p.z) - TORUS_RING, p.y) - TORUS_TUBE;
-    default:
-        return meet(star_2d(p.x, p.y), fabsf(p.z) - STAR_HALF);
+    case SHAPE_TORUS: return length2(length2(p.x, p.z) - TORUS_RING, p.y) - TORUS_TUBE;
+    default: return meet(star_2d(p.x, p.y), fabsf(p.z) - STAR_HALF);
     }
 }
 
 OBJ_FN vec3 object_normal(int shape, vec3 p) {
     const float e = 2e-3f; /* four corners of a tetrahedron give the gradient */
-    float a = object_distance(shape, v3(p.x + e, p.y - e, p.z - e)), b = object_distance(shape, v3(p.x - e, p.y - e, p.z + e));
-    float c = object_distance(shape, v3(p.x - e, p.y + e, p.z - e)), d = object_distance(shape, v3(p.x + e, p.y + e, p.z + e));
+    float a = object_distance(shape, v3(p.x + e, p.y - e, p.z - e)),
+          b = object_distance(shape, v3(p.x - e, p.y - e, p.z + e));
+    float c = object_distance(shape, v3(p.x - e, p.y + e, p.z - e)),
+          d = object_distance(shape, v3(p.x + e, p.y + e, p.z + e));
     return normalize3(v3(a - b - c + d, -a - b + c + d, -a + b - c + d));
 }
 
 /* ---- rays ------------------------------------------------------------------------------------------------------- */
 
-OBJ_FN vec3 dir_to_object(const scene *s, vec3 d) { return v3(dot3(d, s->axis_x), dot3(d, s->axis_y), dot3(d, s->axis_z)); }
+OBJ_FN vec3 dir_to_object(const scene *s, vec3 d) {
+    return v3(dot3(d, s->axis_x), dot3(d, s->axis_y), dot3(d, s->axis_z));
+}
 OBJ_FN vec3 point_to_object(const scene *s, vec3 p) {
     return scale(dir_to_object(s, sub(p, s->center)), 1.0f / s->object_scale);
 }
@@ -364,7 +418,8 @@ OBJ_FN vec3 shade_mirrored(const scene *s, vec3 p, vec3 d, float lamp_glow) {
         float t = -p.y / d.y;
         vec3 hit = along(p, d, t);
         float near = smooth(0.0f, 0.9f, object_distance(s->shape, point_to_object(s, hit)) + 0.15f);
-        vec3 light = add(scale(s->light_color, s->light_dir.y * near), scale(s->sky_horizon, 0.42f * (0.3f + 0.7f * near)));
+        vec3 light =
+            add(scale(s->light_color, s->light_dir.y * near), scale(s->sky_horizon, 0.42f * (0.3f + 0.7f * near)));
         return with_haze(s, mul(floor_albedo(s, hit.x, hit.z), light), d, t);
     }
     float lamp = smooth(0.90f, 0.985f, dot3(d, s->light_dir));
@@ -432,10 +487,12 @@ OBJ_FN float tone_map(float x) {
 
 /* One pixel of one picture: the mean of samples^2 rays, tone-mapped per ray so that highlights do not ring. */
 OBJ_FN void render_pixel(const scene *s, float *rgb, int x, int y, int size, int samples) {
-    float r = 0.0f, g = 0.0f, b = 0.0f, step = 2.0f / (float)(size * samples), weight = 1.0f / (float)(samples * samples);
+    float r = 0.0f, g = 0.0f, b = 0.0f, step = 2.0f / (float)(size * samples),
+          weight = 1.0f / (float)(samples * samples);
     for (int j = 0; j < samples; ++j)
         for (int i = 0; i < samples; ++i) {
-            float u = ((float)(x * samples + i) + 0.5f) * step - 1.0f, v = 1.0f - ((float)(y * samples + j) + 0.5f) * step;
+            float u = ((float)(x * samples + i) + 0.5f) * step - 1.0f,
+                  v = 1.0f - ((float)(y * samples + j) + 0.5f) * step;
             vec3 c = shade_ray(s, u, v);
             r += tone_map(c.x);
             g += tone_map(c.y);
@@ -451,7 +508,9 @@ static int arguments_ok(const float *rgb, const int32_t *class_ids, int num_imag
     return rgb && class_ids && num_images >= 0 && size >= 1 && size <= 4096 && samples >= 1 && samples <= 8;
 }
 
-OBJ_FN int class_in_range(int32_t class_id) { return (int)((uint32_t)class_id % OBJ_NUM_CLASSES); }
+OBJ_FN int class_in_range(int32_t class_id) {
+    return (int)((uint32_t)class_id % OBJ_NUM_CLASSES);
+}
 
 int obj_render_host(float *rgb, const int32_t *class_ids, uint64_t seed, uint64_t first_index, int num_images, int size,
                     int samples) {

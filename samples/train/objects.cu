@@ -8,7 +8,7 @@
 enum { TILE_X = 8, TILE_Y = 16, MAX_GRID_Z = 65535 };
 
 static __global__ void __launch_bounds__(TILE_X *TILE_Y)
-render_kernel(float *rgb, const int32_t *class_ids, uint64_t seed, uint64_t first_index, int size, int samples) {
+    render_kernel(float *rgb, const int32_t *class_ids, uint64_t seed, uint64_t first_index, int size, int samples) {
     __shared__ scene s;
     size_t n = blockIdx.z;
     if (threadIdx.x == 0 && threadIdx.y == 0) scene_make(&s, seed, first_index + n, class_in_range(class_ids[n]));

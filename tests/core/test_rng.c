@@ -107,10 +107,13 @@ END_TEST
 
 /* ---- against PyTorch ---- */
 
-/* Our logf, sinf and cosf against PyTorch's vectorised ones and the GPU's: a few units in the last place of values up to 6. */
-#define TORCH_BOUND 4e-6
+/* Our logf, sinf and cosf against PyTorch's vectorised ones and the GPU's: 2.4e-7 and 1.3e-6 apart at most here. */
+#define TORCH_BOUND 2e-6
+/* Times the number of draws: the mean rounding difference is 4e-8 (the GPU's fast sine has a bias), that of squares 1.4e-7.
+ * A single wrong draw moves the sum of the largest fixture, 1,000,003 draws, by about 1. */
+#define SUM_BOUND 1e-7
 
-/* The values listed, and the sums over all: a draw in the middle that is wrong moves them by far more than rounding does. */
+/* The values listed in the fixture, and the sums over all, which show a wrong draw in the middle. */
 static void check_draw(rf_rng *rng, const rf_json *doc, const rf_json_value *draw) {
     int64_t n;
     rf_error err = {0};
@@ -132,8 +135,9 @@ static void check_draw(rf_rng *rng, const rf_json *doc, const rf_json_value *dra
         squares += (double)got[i] * (double)got[i];
     }
     const rf_json_value *want_sum = rf_json_get(draw, "sum"), *want_squares = rf_json_get(draw, "sum_of_squares");
-    ck_assert(n <= 64 || (want_sum && want_squares));
-    fprintf(stderr, "n %d dsum %g rel %g\n", (int)n, want_sum ? sum - rf_json_number(want_sum) : 0., want_sum ? squares / rf_json_number(want_squares) - 1 : 0.);
+    ck_assert_msg(n <= 64 || (want_sum && want_squares), "a draw of %d without its sums", (int)n);
+    if (want_sum) ck_assert_double_le(fabs(sum - rf_json_number(want_sum)), SUM_BOUND * (double)n);
+    if (want_squares) ck_assert_double_le(fabs(squares - rf_json_number(want_squares)), 3 * SUM_BOUND * (double)n);
     free(got);
 }
 

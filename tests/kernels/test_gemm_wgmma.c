@@ -25,8 +25,10 @@ START_TEST(every_tile_agrees_with_the_operator) {
     if (!test_is_cuda()) return;
     int64_t m = cases[_i].m, n = cases[_i].n, k = cases[_i].k;
     rf_gemm_args args = rf_gemm_args_default(RF_DTYPE_BF16, m, n, k);
-    operand x = op_normal(RF_DTYPE_BF16, (size_t)(m * k), 0, 1), w = op_normal(RF_DTYPE_BF16, (size_t)(n * k), 0, 1 / sqrt((double)k));
-    operand bias = op_normal(cases[_i].y_dtype, (size_t)n, 0, 1), y0 = op_normal(cases[_i].y_dtype, (size_t)(m * n), 0, 1);
+    operand x = op_normal(RF_DTYPE_BF16, (size_t)(m * k), 0, 1),
+            w = op_normal(RF_DTYPE_BF16, (size_t)(n * k), 0, 1 / sqrt((double)k));
+    operand bias = op_normal(cases[_i].y_dtype, (size_t)n, 0, 1),
+            y0 = op_normal(cases[_i].y_dtype, (size_t)(m * n), 0, 1);
     operand want = op_poison(cases[_i].y_dtype, (size_t)(m * n));
     args.x = x.dev;
     args.w = w.dev;
@@ -41,7 +43,8 @@ START_TEST(every_tile_agrees_with_the_operator) {
     op_download(&want);
     for (int config = 0; config < rf_gemm_wgmma_num_configs(); config++) {
         if (rf_gemm_wgmma_check(test_stream(), &args, config, &err) != RF_OK) {
-            ck_assert_msg(rf_backend_sm(test_backend()) != 90, "%s: %s", rf_gemm_wgmma_config_name(config), err.message);
+            ck_assert_msg(rf_backend_sm(test_backend()) != 90, "%s: %s", rf_gemm_wgmma_config_name(config),
+                          err.message);
             continue; /* not a Hopper card */
         }
         operand y = op_poison(cases[_i].y_dtype, (size_t)(m * n));
@@ -62,9 +65,10 @@ START_TEST(every_tile_agrees_with_the_operator) {
         }
         double rel = sqrt(diff / norm);
         /* both round the same f32 sums once; unfused activations of the operator round twice */
-        ck_assert_msg(rel <= 5e-3, "%lldx%lldx%lld tile %s: relative L2 %g, worst at row %lld column %lld: %g, want %g", (long long)m,
-                      (long long)n, (long long)k, rf_gemm_wgmma_config_name(config), rel, (long long)(worst / (size_t)n),
-                      (long long)(worst % (size_t)n), (double)y.host[worst], (double)want.host[worst]);
+        ck_assert_msg(rel <= 5e-3, "%lldx%lldx%lld tile %s: relative L2 %g, worst at row %lld column %lld: %g, want %g",
+                      (long long)m, (long long)n, (long long)k, rf_gemm_wgmma_config_name(config), rel,
+                      (long long)(worst / (size_t)n), (long long)(worst % (size_t)n), (double)y.host[worst],
+                      (double)want.host[worst]);
     }
 }
 END_TEST
