@@ -3,7 +3,7 @@
  * Threads  every operator splits its work into tasks whose borders depend on shapes only, and runs them in one OpenMP
  *          loop; a task calls BLAS with one thread. So results have the same bits for every number of threads.
  *          Threads that wait spin: on cores shared with other work OMP_WAIT_POLICY=passive in the environment helps (2.6x
- *          for a small transformer layer on two cores with four other busy processes). The program sets it (main.c).
+ *          for a small transformer layer on two cores with four other busy processes). The program shortens the spin.
  * RF_HOT   marks leaf loops that are compiled for AVX-512, AVX2 and plain x86-64 and chosen at load time. Rounding can
  *          differ between such machines in the last bits (fused multiply-add, widths of partial sums); on one machine it
  *          does not. OpenMP regions stay outside these functions: an outlined region would lose the target. */

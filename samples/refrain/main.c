@@ -66,10 +66,11 @@ static int unknown_command(const char *name) {
 #ifdef __linux__
 #define RESTARTED "REFRAIN_RESTARTED"
 
-/* GNU OpenMP reads its settings when it is loaded, before main. So the program sets what it wants and starts itself once
- * more, unless the user has said something about waiting; if that fails it runs as it is. Threads that wait shall sleep, not
- * spin: as fast on an idle machine, several times faster on one that others use too (docs/performance.md). */
-static void restart_with_sleeping_threads(char **argv) {
+/* Threads that wait spin for some milliseconds before they sleep, and on cores that others use too they spin away the time
+ * of the thread they wait for. A shorter spin (a barrier's length) costs nothing on an idle machine and makes a busy one
+ * about twice as fast (docs/performance.md). GNU OpenMP reads the setting when it is loaded, before main: so the program
+ * starts itself once more, unless the user has said something about waiting. If that fails it runs as it is. */
+static void restart_with_short_spin(char **argv) {
     char path[PATH_MAX];
     if (getenv(RESTARTED)) {
         unsetenv(RESTARTED);
@@ -77,7 +78,7 @@ static void restart_with_sleeping_threads(char **argv) {
     }
     if (getenv("OMP_WAIT_POLICY") || getenv("GOMP_SPINCOUNT")) return;
     ssize_t len = readlink("/proc/self/exe", path, sizeof path - 1);
-    if (len < 0 || setenv(RESTARTED, "1", 1) != 0 || setenv("OMP_WAIT_POLICY", "passive", 1) != 0) return;
+    if (len < 0 || setenv(RESTARTED, "1", 1) != 0 || setenv("GOMP_SPINCOUNT", "5000", 1) != 0) return;
     path[len] = 0;
     execv(path, argv);
 }
@@ -85,7 +86,7 @@ static void restart_with_sleeping_threads(char **argv) {
 
 int main(int argc, char **argv) {
 #ifdef __linux__
-    restart_with_sleeping_threads(argv);
+    restart_with_short_spin(argv);
 #endif
     /* A full disk or a closed pipe is a failed write with a message, not a signal. */
     signal(SIGXFSZ, SIG_IGN);
