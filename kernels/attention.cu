@@ -61,6 +61,18 @@ rf_attention_params rf_attention_make_params(const rf_attention_args *args) {
     return p;
 }
 
+rf_status rf_attention_check_strides(const rf_attention_args *args, rf_error *err) {
+    const int64_t strides[9] = {args->q_row_stride,   args->q_head_stride,   args->kv_row_stride,
+                                args->kv_head_stride, args->out_row_stride,  args->out_head_stride,
+                                args->q_batch_stride, args->kv_batch_stride, args->out_batch_stride};
+    for (int i = 0; i < 9; i++) {
+        if (strides[i] % 8 != 0)
+            return rf_fail(err, RF_ERR_SHAPE, "attention: strides must be multiples of 8 elements, one is %lld",
+                           (long long)strides[i]);
+    }
+    return RF_OK;
+}
+
 /* The one place that says which kernel runs, and whether one can. sm, num_sms: 0 where no device is known (plan time).
  * */
 static rf_status choose(const rf_attention_args *args, int sm, int num_sms, rf_attention_kernel *kernel,

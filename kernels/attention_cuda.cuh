@@ -39,6 +39,9 @@ static inline bool rf_attention_is_indexed(const rf_attention_args *args) {
 
 rf_attention_params rf_attention_make_params(const rf_attention_args *args);
 
+/* Both tensor-core kernels move 16 bytes at a time: every stride a multiple of 8 elements. */
+rf_status rf_attention_check_strides(const rf_attention_args *args, rf_error *err);
+
 /* Tiles of the mma.sync kernel: packed rows of a block. */
 typedef enum {
     RF_ATTENTION_TILE_AUTO = 0,

@@ -743,14 +743,8 @@ rf_status rf_attention_mma_choose(const rf_attention_args *args, int num_sms, rf
     if (!(args->softmax_scale > 0))
         return rf_fail(err, RF_ERR_UNSUPPORTED, "attention: softmax_scale is %g, must be above 0 on CUDA",
                        (double)args->softmax_scale);
-    const int64_t strides[9] = {args->q_row_stride,   args->q_head_stride,   args->kv_row_stride,
-                                args->kv_head_stride, args->out_row_stride,  args->out_head_stride,
-                                args->q_batch_stride, args->kv_batch_stride, args->out_batch_stride};
-    for (int i = 0; i < 9; i++) {
-        if (strides[i] % 8 != 0)
-            return rf_fail(err, RF_ERR_SHAPE, "attention: strides must be multiples of 8 elements, one is %lld",
-                           (long long)strides[i]);
-    }
+    const rf_status status = rf_attention_check_strides(args, err);
+    if (status != RF_OK) return status;
     const int group = args->num_q_heads / args->num_kv_heads;
     const int64_t rows = args->q_len * group;
     if (rows > INT32_MAX - 256 || args->kv_len > INT32_MAX - 256)

@@ -490,15 +490,7 @@ rf_status rf_attention_wgmma_check(const rf_attention_args *args, int sm, rf_err
     if (args->q_len > INT32_MAX - 256 || args->kv_len > INT32_MAX - 256 ||
         rf_ceil_div(args->q_len, 64) * args->num_q_heads > INT32_MAX / (args->batch > 0 ? args->batch : 1))
         return rf_fail(err, RF_ERR_SHAPE, "attention: too many rows, keys or heads for the wgmma kernel");
-    const int64_t strides[9] = {args->q_row_stride,   args->q_head_stride,   args->kv_row_stride,
-                                args->kv_head_stride, args->out_row_stride,  args->out_head_stride,
-                                args->q_batch_stride, args->kv_batch_stride, args->out_batch_stride};
-    for (int i = 0; i < 9; i++) {
-        if (strides[i] % 8 != 0)
-            return rf_fail(err, RF_ERR_SHAPE, "attention: strides must be multiples of 8 elements, one is %lld",
-                           (long long)strides[i]);
-    }
-    return RF_OK;
+    return rf_attention_check_strides(args, err);
 }
 
 bool rf_attention_wgmma_wins(const rf_attention_args *args) {

@@ -67,7 +67,8 @@ need_packages() {
     say "installing $missing"
     # shellcheck disable=SC2086  # a list of names
     as_root env DEBIAN_FRONTEND=noninteractive sh -c '
-        apt-get -qq update && apt-get -qq -y --no-install-recommends install "$@"' sh $missing >/dev/null ||
+        apt-get -qq update &&
+        apt-get -qq -y -o Dpkg::Use-Pty=0 --no-install-recommends install "$@"' sh $missing >/dev/null ||
         die "could not install: $missing"
     missing=$(missing_packages "$@")
     [ -z "$missing" ] || die "still missing after installing: $missing"
