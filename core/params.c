@@ -19,6 +19,7 @@ struct rf_params {
     rf_arena open; /* over the newest shared slab; base NULL before the first */
     size_t bytes;
     int64_t num_elems;
+    size_t tensor_bytes;
     rf_stream *stream; /* with staging: made by the first copy to a device that is not the host */
     void *staging;
 };
@@ -76,6 +77,7 @@ rf_status rf_params_take(rf_params *params, void **out, rf_dtype dtype, size_t n
         if (st != RF_OK) return st;
     }
     params->num_elems += (int64_t)num;
+    params->tensor_bytes += num * rf_dtype_bytes(dtype);
     return RF_OK;
 }
 
@@ -114,6 +116,10 @@ rf_status rf_params_put(rf_params *params, void **out, rf_dtype dtype, const flo
 
 size_t rf_params_bytes(const rf_params *params) {
     return params->bytes;
+}
+
+size_t rf_params_tensor_bytes(const rf_params *params) {
+    return params->tensor_bytes;
 }
 
 int64_t rf_params_num_elems(const rf_params *params) {

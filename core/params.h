@@ -25,8 +25,9 @@ rf_status rf_params_put(rf_params *params, void **out, rf_dtype dtype, const flo
 rf_status rf_params_write(rf_params *params, void *device, rf_dtype dtype, const float *host, size_t num,
                           rf_error *err);
 
-size_t rf_params_bytes(const rf_params *params);      /* device bytes held */
-int64_t rf_params_num_elems(const rf_params *params); /* elements handed out */
+size_t rf_params_bytes(const rf_params *params);        /* device bytes held */
+size_t rf_params_tensor_bytes(const rf_params *params); /* bytes of the tensors themselves, without slab ends */
+int64_t rf_params_num_elems(const rf_params *params);   /* elements handed out */
 
 /* Reads a tensor of the file as host floats (rf_free). Shape is checked; -1 matches anything. */
 rf_status rf_weights_read_f32(const rf_weights *w, const char *name, int rank, const int64_t *shape, float **out,

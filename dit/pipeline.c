@@ -158,7 +158,7 @@ rf_image_model_info rf_image_model_get_info(const rf_image_model *m) {
                                  .vae = m->vae,
                                  .scheduler = m->scheduler,
                                  .num_classes = m->num_classes,
-                                 .weights_bytes = rf_params_bytes(m->dit->params) + rf_vae_weights_bytes(m->vae),
+                                 .weights_bytes = rf_params_tensor_bytes(m->dit->params) + rf_vae_weights_bytes(m->vae),
                                  .num_params = rf_params_num_elems(m->dit->params) + rf_vae_num_params(m->vae),
                                  .image_height = side,
                                  .image_width = side};

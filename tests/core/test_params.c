@@ -34,6 +34,8 @@ START_TEST(small_tensors_share_a_slab_and_large_ones_have_their_own) {
     ck_assert_uint_eq(rf_backend_get_counts(backend).num_device_allocs - before, 2);
     ck_assert_uint_eq(rf_params_bytes(params), (size_t)72 << 20);
     ck_assert_int_eq(rf_params_num_elems(params), 1000 + 7 + (10 << 20) + 1);
+    ck_assert_uint_gt(rf_params_tensor_bytes(params), 10 << 20);
+    ck_assert_uint_lt(rf_params_tensor_bytes(params), rf_params_bytes(params));
     for (int i = 0; i < 4; i++) ck_assert_uint_eq((uintptr_t)p[i] % 256, 0);
     ck_assert((char *)p[1] >= (char *)p[0] + 4000);
     ck_assert((char *)p[3] >= (char *)p[1] + 14);
