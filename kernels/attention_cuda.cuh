@@ -77,4 +77,14 @@ rf_status rf_attention_wgmma_run(rf_stream *stream, const rf_attention_args *arg
 /* True if AUTO should prefer it for these arguments. */
 bool rf_attention_wgmma_wins(const rf_attention_args *args);
 
+/* 16 bytes global -> shared (16-byte aligned); zeros if num_bytes is 0 (src must still be a valid address). */
+static __device__ __forceinline__ void copy16(uint32_t dst, const void *src, int num_bytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(num_bytes) : "memory");
+}
+static __device__ __forceinline__ float exp2_approx(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 #endif

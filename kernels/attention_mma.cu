@@ -35,10 +35,6 @@ static constexpr int STAGES = 2; /* tiles in flight */
 
 /* --- instructions ------------------------------------------------------------------------------------------------- */
 
-/* 16 bytes global -> shared; zeros if num_bytes is 0 (src must still be a valid address). */
-static __device__ __forceinline__ void copy16(uint32_t dst, const void *src, int num_bytes) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(num_bytes) : "memory");
-}
 static __device__ __forceinline__ void copy16(uint32_t dst, const void *src) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(dst), "l"(src) : "memory");
 }
@@ -77,11 +73,6 @@ static __device__ __forceinline__ void mma8(float (&d)[4], uint32_t a0, uint32_t
     asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a0), "r"(a1), "r"(b0));
-}
-static __device__ __forceinline__ float exp2_approx(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
 }
 
 /* --- tiles -------------------------------------------------------------------------------------------------------- */

@@ -67,20 +67,12 @@ static __device__ __forceinline__ uint64_t values_desc(uint32_t addr, uint32_t l
 static __device__ __forceinline__ uint64_t plain_desc(uint32_t addr, uint32_t leading, uint32_t stride) {
     return (uint64_t)((addr & 0x3ffffu) >> 4) | (uint64_t)(leading >> 4) << 16 | (uint64_t)(stride >> 4) << 32;
 }
-static __device__ __forceinline__ void copy16(uint32_t dst, const void *src, int num_bytes) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(num_bytes) : "memory");
-}
 /* Arrives on bar once every earlier cp.async of this thread has landed; counts as one of its expected arrivals. */
 static __device__ __forceinline__ void copies_arrive(uint32_t bar) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(bar) : "memory");
 }
 static __device__ __forceinline__ void fence_async_proxy(void) {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-static __device__ __forceinline__ float exp2_approx(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
 }
 static __device__ __forceinline__ uint32_t pack2(float lo, float hi) {
     uint32_t r;
