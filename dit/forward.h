@@ -3,11 +3,14 @@
  * plan once (rf_dit_session_create: shapes checked against the operator table, one arena, GEMM algorithms chosen) ->
  * rf_dit_session_begin per run (modulation rows of all steps in one GEMM, or in chunks of steps if the table would pass its
  * budget) -> rf_dit_session_forward once per step. Rows of one batch: [branch 0: all samples | branch 1: all samples].
+ * With a policy rf_dit_session_step_cached takes forward's place: it groups the images that plan the same, packs them and computes
+ * no more than the plan asks for.
  * forward queues work only: no allocation, no synchronisation; on CUDA it can be captured in a graph, because the step counter
  * and the modulation row indices live in device memory. */
 #ifndef RF_DIT_FORWARD_H
 #define RF_DIT_FORWARD_H
 
+#include "caching/cache.h"
 #include "dit/model.h"
 #include "dit/sampler.h"
 #include "kernels/ops.h"
@@ -23,6 +26,16 @@ typedef struct {
     int max_steps;                  /* most steps of a run */
     rf_dtype residual_dtype;        /* of the residual stream x: f32, or the model's dtype */
     size_t modulation_budget_bytes; /* default 1 GiB */
+
+    /* Feature caching (caching/policy.h); policy NULL = none and the rest is not read. */
+    const rf_policy *policy; /* borrowed */
+    rf_cache_options cache;
+    const float *timesteps;  /* host [max_steps]: the timesteps of every run, which then has max_steps steps */
+    const char *model_name, *sampler_name; /* for messages and traces, borrowed */
+    bool stochastic;         /* the solver adds noise */
+    bool force_policy;       /* misfits are not refused */
+    const rf_json_value *calibration; /* measured tables of the model, read while planning; NULL = none */
+    bool use_graphs;         /* kinds of steps are captured when they first occur and replayed from then on */
 } rf_dit_session_options;
 rf_dit_session_options rf_dit_session_options_default(void);
 
@@ -46,6 +59,14 @@ rf_status rf_dit_session_begin(rf_dit_session *session, const float *timesteps, 
  * counter with in_scale_stride (NULL = 1). */
 rf_status rf_dit_session_forward(rf_dit_session *session, const float *latent, const float *in_scale,
                                  int64_t in_scale_stride, rf_error *err);
+/* A step with the session's policy: plans it (which may wait for one small read-back), runs what was planned, then calls tail, which
+ * queues what follows the model (the solver) and rf_dit_session_queue_advance: where all images plan the same, one captured
+ * graph holds everything. */
+typedef rf_status (*rf_dit_tail)(void *user, rf_error *err);
+rf_status rf_dit_session_step_cached(rf_dit_session *session, const float *latent, const float *in_scale,
+                                     int64_t in_scale_stride, rf_dit_tail tail, void *user, rf_error *err);
+rf_cache *rf_dit_session_cache(rf_dit_session *session); /* NULL without a policy */
+int rf_dit_session_num_graphs(const rf_dit_session *session);
 const float *rf_dit_session_output(const rf_dit_session *session);
 const int32_t *rf_dit_session_step(const rf_dit_session *session); /* device step counter */
 /* Between two steps, in this order:

@@ -27,6 +27,7 @@ struct rf_image_model {
     rf_scheduler_config scheduler;
     char **class_names; /* [num_classes], entries may be NULL */
     int num_classes;
+    rf_json *calibration; /* cache.json, or NULL */
 };
 
 /* --- the folder ------------------------------------------------------------------------------------------------------ */
@@ -75,6 +76,7 @@ rf_status rf_image_model_load(rf_image_model **out, rf_backend *backend, const c
     rf_json *index = NULL, *scheduler = NULL;
     char *index_path = rf_path_join(dir, "model_index.json");
     char *dit_path = rf_path_join(dir, "transformer"), *vae_path = rf_path_join(dir, "vae");
+    char *cache_path = rf_path_join(dir, "cache.json");
     *out = NULL;
     rf_image_model *m = rf_alloc_zero(1, sizeof *m);
     rf_status st = RF_OK;
@@ -92,6 +94,8 @@ rf_status rf_image_model_load(rf_image_model **out, rf_backend *backend, const c
     if (st == RF_OK) st = rf_vae_load(&m->vae, backend, vae_path, dtype, err);
     if (st == RF_OK) st = check_fit(m, err);
     if (st == RF_OK) st = read_class_names(m, index, err);
+    if (st == RF_OK && cache_path == NULL) st = rf_fail(err, RF_ERR_MEMORY, "out of memory for a model");
+    if (st == RF_OK && rf_path_exists(cache_path)) st = rf_json_open(&m->calibration, cache_path, err);
     if (st == RF_OK) {
         *out = m;
         m = NULL;
@@ -102,6 +106,7 @@ rf_status rf_image_model_load(rf_image_model **out, rf_backend *backend, const c
     rf_free(index_path);
     rf_free(dit_path);
     rf_free(vae_path);
+    rf_free(cache_path);
     return st;
 }
 
@@ -141,6 +146,7 @@ void rf_image_model_close(rf_image_model *model) {
     if (model == NULL) return;
     for (int i = 0; model->class_names != NULL && i < model->num_classes; i++) rf_free(model->class_names[i]);
     rf_free(model->class_names);
+    rf_json_close(model->calibration);
     rf_vae_close(model->vae);
     rf_dit_model_close(model->dit);
     rf_free(model->path);
@@ -161,7 +167,8 @@ rf_image_model_info rf_image_model_get_info(const rf_image_model *m) {
                                  .weights_bytes = rf_params_tensor_bytes(m->dit->params) + rf_vae_weights_bytes(m->vae),
                                  .num_params = rf_params_num_elems(m->dit->params) + rf_vae_num_params(m->vae),
                                  .image_height = side,
-                                 .image_width = side};
+                                 .image_width = side,
+                                 .calibration = m->calibration ? rf_json_root(m->calibration) : NULL};
 }
 
 const char *rf_image_model_class_name(const rf_image_model *model, int class_id) {
@@ -240,6 +247,8 @@ rf_status rf_image_options_check(const rf_image_options *o, rf_error *err) {
         return rf_fail(err, RF_ERR_ARGUMENT, "sampler %d is unknown", (int)o->sampler);
     if (o->height < 0 || o->width < 0 || o->height > 16384 || o->width > 16384)
         return rf_fail(err, RF_ERR_ARGUMENT, "picture of %d x %d, expected up to 16384", o->width, o->height);
+    if (!(o->max_drift >= 0.0 && o->max_drift <= 1e6))
+        return rf_fail(err, RF_ERR_ARGUMENT, "drift bound %g, expected 0..1e6", o->max_drift);
     if (o->vae_batch < 0) return rf_fail(err, RF_ERR_ARGUMENT, "VAE batch %d is negative", o->vae_batch);
     return RF_OK;
 }
@@ -254,7 +263,7 @@ struct rf_image_session {
     rf_dit_session *dit;
     rf_vae_session *vae;
     rf_sampler_plan plan;
-    rf_graph *graph;
+    rf_graph *graph; /* a step; with a policy the forward session keeps its own */
 
     int branches, vae_batch;
     int64_t latent_elems; /* of one sample */
@@ -270,7 +279,7 @@ struct rf_image_session {
     float *draws;   /* torch generators: both branches' draws */
     float *timesteps;
     int32_t *labels;
-    double *step_ms;
+    double *step_ms, *output_gain;
     double denoise_ms, decode_ms;
 };
 
@@ -278,6 +287,20 @@ static double now_ms(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec * 1e3 + (double)t.tv_nsec * 1e-6;
+}
+
+/* How much the last latent moves with the model's output at each step if later outputs stayed the same: state (x, x0 of the
+ * step before) walked backwards through the solver's weights. */
+static void fill_output_gain(rf_image_session *s) {
+    double by_x = 1, by_x0 = 0; /* of the final x, with respect to a step's result: x' and x0' */
+    for (int i = s->plan.num_steps - 1; i >= 0; i--) {
+        const rf_sampler_coefs *c = &s->plan.coefs[i];
+        double x0 = c->x0 * by_x + by_x0; /* x0 acts through x' and as the next step's x0_prev */
+        s->output_gain[i] = fabs(c->out * by_x + c->x0_out * x0);
+        double next_x = c->x * by_x + c->x0_x * x0;
+        by_x0 = c->x0_prev * by_x;
+        by_x = next_x;
+    }
 }
 
 static rf_status take_buffers(rf_image_session *s, rf_arena *arena, rf_error *err) {
@@ -308,7 +331,9 @@ static rf_status allocate(rf_image_session *s, rf_error *err) {
     s->timesteps = rf_alloc(steps * sizeof(float));
     s->labels = rf_alloc(batch * (size_t)s->branches * sizeof(int32_t));
     s->step_ms = rf_alloc_zero(steps, sizeof(double));
-    if (st == RF_OK && (!s->draws || !s->timesteps || !s->labels || !s->step_ms))
+    s->output_gain = rf_alloc_zero(steps, sizeof(double));
+    if (st == RF_OK && (!s->draws || !s->timesteps || !s->labels || !s->step_ms ||
+                        !s->output_gain))
         st = rf_fail(err, RF_ERR_MEMORY, "out of memory for a session");
     if (st == RF_OK) st = rf_stream_zero(s->stream, s->memory, s->memory_bytes, err);
     if (st == RF_OK) st = rf_stream_upload(s->stream, s->coefs, s->plan.coefs, steps * sizeof *s->coefs, err);
@@ -342,12 +367,18 @@ static rf_status queue_solver(rf_image_session *s, rf_stream *stream, rf_error *
     return s->ops->sampler_step(stream, &args, err);
 }
 
+#define IN_SCALE_STRIDE ((int64_t)(sizeof(rf_sampler_coefs) / sizeof(float)))
+
+/* What follows the model in a step. */
+static rf_status queue_tail(void *user, rf_error *err) {
+    rf_image_session *s = user;
+    rf_status st = queue_solver(s, s->stream, err);
+    return st == RF_OK ? rf_dit_session_queue_advance(s->dit, err) : st;
+}
+
 static rf_status queue_step(rf_image_session *s, rf_error *err) {
-    rf_status st = rf_dit_session_forward(s->dit, s->x, &s->coefs->in_scale,
-                                          (int64_t)(sizeof(rf_sampler_coefs) / sizeof(float)), err);
-    if (st == RF_OK) st = queue_solver(s, s->stream, err);
-    if (st == RF_OK) st = rf_dit_session_queue_advance(s->dit, err);
-    return st;
+    rf_status st = rf_dit_session_forward(s->dit, s->x, &s->coefs->in_scale, IN_SCALE_STRIDE, err);
+    return st == RF_OK ? queue_tail(s, err) : st;
 }
 
 /* Runs every kernel of a step once (code loads lazily), then records the step. */
@@ -360,6 +391,12 @@ static rf_status capture_step(rf_image_session *s, rf_error *err) {
     st = queue_step(s, err);
     rf_status ended = rf_graph_end(&s->graph, s->stream, st == RF_OK ? err : NULL);
     return st == RF_OK ? ended : st;
+}
+
+/* Of a path; a trace names its model wherever the folder is. */
+static const char *last_element(const char *path) {
+    const char *slash = strrchr(path, '/');
+    return slash && slash[1] ? slash + 1 : path;
 }
 
 static rf_status check_size(const rf_image_model *m, int pixels, int patch, const char *what, int *latent,
@@ -402,6 +439,7 @@ rf_status rf_image_session_create(rf_image_session **out, const rf_image_model *
     if (st == RF_OK) st = rf_gemm_set_tuning(s->stream, options->tune_gemm, err);
     if (st == RF_OK && options->gemm_tuning) st = rf_gemm_tuning_load(s->stream, options->gemm_tuning, err);
     if (st == RF_OK) st = allocate(s, err);
+    if (st == RF_OK) fill_output_gain(s);
 
     rf_dit_session_options forward = rf_dit_session_options_default();
     forward.batch = options->batch;
@@ -410,12 +448,26 @@ rf_status rf_image_session_create(rf_image_session **out, const rf_image_model *
     forward.width = s->width;
     forward.max_steps = options->num_steps;
     forward.residual_dtype = options->residual_dtype;
+    forward.policy = options->policy;
+    forward.cache = (rf_cache_options){.max_drift = options->max_drift, .record = options->record_trace};
+    forward.model_name = last_element(model->path);
+    forward.sampler_name = rf_sampler_kind_name(sampling.kind);
+    forward.stochastic = s->plan.uses_noise;
+    forward.force_policy = options->force_policy;
+    forward.calibration = info.calibration;
+    forward.use_graphs = options->use_graphs;
+    if (st == RF_OK) {
+        forward.max_steps = s->plan.num_steps;
+        for (int i = 0; i < s->plan.num_steps; i++) s->timesteps[i] = s->plan.coefs[i].timestep;
+        forward.timesteps = s->timesteps;
+    }
     if (st == RF_OK) st = rf_dit_session_create(&s->dit, model->dit, s->stream, &forward, err);
     if (st == RF_OK) st = queue_solver(s, NULL, err);
     s->vae_batch = options->vae_batch ? options->vae_batch : cuda ? 4 : 1;
     if (s->vae_batch > options->batch) s->vae_batch = options->batch;
     if (st == RF_OK) st = rf_vae_session_create(&s->vae, model->vae, s->stream, s->vae_batch, s->height, s->width, err);
-    if (st == RF_OK && options->use_graphs && rf_backend_has_graphs(model->backend)) st = capture_step(s, err);
+    if (st == RF_OK && options->use_graphs && options->policy == NULL && rf_backend_has_graphs(model->backend))
+        st = capture_step(s, err);
     if (st == RF_OK && options->gemm_tuning && rf_gemm_tuning_changed(s->stream))
         st = rf_gemm_tuning_save(s->stream, options->gemm_tuning, err);
     if (st == RF_OK) {
@@ -440,6 +492,7 @@ void rf_image_session_destroy(rf_image_session *s) {
     rf_free(s->timesteps);
     rf_free(s->labels);
     rf_free(s->step_ms);
+    rf_free(s->output_gain);
     rf_free(s);
 }
 
@@ -501,7 +554,10 @@ rf_status rf_image_session_denoise(rf_image_session *s, const int *class_ids, co
     if (st == RF_OK) st = rf_dit_session_begin(s->dit, s->timesteps, num_steps, s->labels, err);
     double begin_ms = now_ms(), last_ms = begin_ms;
     for (int step = 0; step < num_steps && st == RF_OK; step++) {
-        st = s->graph ? rf_graph_launch(s->graph, s->stream, err) : queue_step(s, err);
+        if (s->options.policy != NULL)
+            st = rf_dit_session_step_cached(s->dit, s->x, &s->coefs->in_scale, IN_SCALE_STRIDE, queue_tail, s, err);
+        else
+            st = s->graph ? rf_graph_launch(s->graph, s->stream, err) : queue_step(s, err);
         if (st == RF_OK) st = rf_dit_session_next_step(s->dit, err);
         double t = now_ms();
         s->step_ms[step] = t - last_ms;
@@ -513,7 +569,8 @@ rf_status rf_image_session_denoise(rf_image_session *s, const int *class_ids, co
     rf_status done = rf_stream_synchronize(s->stream, st == RF_OK ? err : NULL);
     if (st == RF_OK) st = done;
     if (st == RF_OK) st = rf_stream_elapsed_ms(s->stream, 0, 1, &s->denoise_ms, err);
-    if (s->graph != NULL) /* queueing times say nothing: the device's mean */
+    if (st == RF_OK && s->options.policy != NULL) st = rf_cache_end(rf_dit_session_cache(s->dit), err);
+    if (rf_backend_has_graphs(s->model->backend)) /* queueing times say nothing: the device's mean */
         for (int i = 0; i < num_steps; i++) s->step_ms[i] = s->denoise_ms / num_steps;
     return st;
 }
@@ -561,16 +618,34 @@ rf_status rf_image_session_preview(rf_image_session *s, int sample, float *host_
     return decode_some(s, s->x0, first, sample, 1, host_planar, err);
 }
 
+void rf_image_session_set_observer(rf_image_session *session, rf_dit_observer observer, void *user) {
+    rf_dit_session_set_observer(session->dit, observer, user);
+}
+
+rf_status rf_image_session_write_trace(const rf_image_session *s, int first_image, rf_cache_line line, void *user,
+                                       rf_error *err) {
+    if (s->options.policy == NULL || !s->options.record_trace)
+        return rf_fail(err, RF_ERR_STATE, "a session without a policy, or one that does not record, has no trace");
+    return rf_cache_write_trace(rf_dit_session_cache(s->dit), first_image, line, user, err);
+}
+
 rf_image_session_info rf_image_session_get_info(const rf_image_session *s) {
     int factor = vae_factor(s->model->vae);
-    return (rf_image_session_info){.latent_channels = s->model->dit->desc.in_channels,
+    const rf_cache *cache = rf_dit_session_cache(s->dit);
+    return (rf_image_session_info){.has_cache = cache != NULL,
+                                   .cache = cache ? rf_cache_get_counts(cache) : (rf_cache_counts){0},
+                                   .step_kinds = cache ? rf_cache_step_kinds(cache) : NULL,
+                                   .output_gain = s->output_gain,
+                                   .num_graphs = rf_dit_session_num_graphs(s->dit),
+                                   .latent_channels = s->model->dit->desc.in_channels,
                                    .latent_height = s->height,
                                    .latent_width = s->width,
                                    .image_height = s->height * factor,
                                    .image_width = s->width * factor,
                                    .num_steps = s->plan.num_steps,
                                    .arena_bytes = s->memory_bytes + rf_dit_session_arena_bytes(s->dit) +
-                                                  rf_vae_session_arena_bytes(s->vae),
+                                                  rf_vae_session_arena_bytes(s->vae) +
+                                                  (cache ? rf_cache_get_counts(cache).bytes : 0),
                                    .denoise_ms = s->denoise_ms,
                                    .decode_ms = s->decode_ms,
                                    .step_ms = s->step_ms,

@@ -4,6 +4,7 @@
 #ifndef RF_DIT_PIPELINE_H
 #define RF_DIT_PIPELINE_H
 
+#include "caching/cache.h"
 #include "core/rng.h"
 #include "dit/forward.h"
 #include "dit/vae.h"
@@ -31,6 +32,7 @@ typedef struct {
     size_t weights_bytes;
     int64_t num_params;
     int image_height, image_width; /* at the native sample size */
+    const rf_json_value *calibration; /* the folder's cache.json: measured tables and presets for policies; NULL if absent */
 } rf_image_model_info;
 rf_image_model_info rf_image_model_get_info(const rf_image_model *model);
 /* Name of class id, "class <id>" style names are not made up: NULL if the folder gives none. */
@@ -51,6 +53,10 @@ typedef struct {
     int vae_batch;           /* pictures decoded at once; 0 = chosen */
     bool use_graphs;         /* CUDA: replay captured steps; default true */
     bool tune_gemm;          /* CUDA: time GEMM algorithms while planning (kernels/gemm.h); default false */
+    const rf_policy *policy; /* feature caching; NULL = none; borrowed by the session */
+    double max_drift;        /* drift guard (caching/cache.h), 0 = off */
+    bool record_trace;       /* measure drifts and keep signals for rf_image_session_write_trace; costs a few small kernels a step */
+    bool force_policy;       /* a policy that does not fit the sampler or step count is used all the same */
     const char *gemm_tuning; /* file of choices, read before planning and written if it tuned; NULL = none; borrowed */
 } rf_image_options;
 rf_image_options rf_image_options_default(void);
@@ -83,8 +89,18 @@ typedef struct {
     double denoise_ms, decode_ms; /* of the last run */
     const double *step_ms;        /* [num_steps] of the last run; CUDA: mean of the replayed steps if not timed apart */
     int graph_nodes;              /* kernels in a step's graph, 0 = eager */
+    bool has_cache;               /* a policy is at work; then: */
+    rf_cache_counts cache;        /* of the last run */
+    const uint8_t *step_kinds;    /* [batch * num_steps] rf_step_kind of the last run */
+    const double *output_gain;    /* [num_steps] |d final latent / d model output| through the solver's weights alone */
+    int num_graphs;               /* kinds of steps captured so far */
 } rf_image_session_info;
 rf_image_session_info rf_image_session_get_info(const rf_image_session *session);
+/* Shows x after every part (dit/forward.h); sessions without a policy and without graphs. NULL ends it. */
+void rf_image_session_set_observer(rf_image_session *session, rf_dit_observer observer, void *user);
+/* The trace of the last run, a header line and one line a step; first_image: number of this batch's first image. */
+rf_status rf_image_session_write_trace(const rf_image_session *session, int first_image, rf_cache_line line, void *user,
+                                       rf_error *err);
 
 #ifdef __cplusplus
 }

@@ -295,7 +295,21 @@ rf_status rf_residual_check(const rf_residual_args *a, rf_error *err) {
         TRY(float_dtype(op, "base_dtype", a->base_dtype, err));
         TRY(size_from(op, "base_period", a->base_period, 1, err));
     }
-    TRY(modulation(op, "gate_mod", &a->gate_mod, &a->gate, 1, a->cols, err));
+    TRY(modulation(op, "gate_mod", &a->gate_mod, (int64_t[]){a->gate, a->extra ? a->extra_gate : -1}, 2, a->cols, err));
+    if (a->term_group) {
+        TRY(size_from(op, "rows_per_term_group", a->rows_per_term_group, 1, err));
+        if (a->num_rows % a->rows_per_term_group != 0)
+            return rf_fail(err, RF_ERR_SHAPE, "%s: num_rows is %lld, not a multiple of rows_per_term_group, %lld", op,
+                           (long long)a->num_rows, (long long)a->rows_per_term_group);
+        if (a->weight_row) return rf_fail(err, RF_ERR_ARGUMENT, "%s: term_group and weight_row exclude each other", op);
+    }
+    if (a->rows && (a->term_group || a->extra))
+        return rf_fail(err, RF_ERR_ARGUMENT, "%s: rows may not be given with %s", op,
+                       a->term_group ? "term_group" : "extra");
+    if (!a->rows && (a->term_rows || a->store))
+        return rf_fail(err, RF_ERR_ARGUMENT, "%s: %s needs rows", op, a->term_rows ? "term_rows" : "store");
+    if (a->store && a->num_terms != 1)
+        return rf_fail(err, RF_ERR_ARGUMENT, "%s: store needs one term, there are %d", op, a->num_terms);
     if (!a->norm_y) return RF_OK;
     TRY(float_dtype(op, "norm_y_dtype", a->norm_y_dtype, err));
     TRY(enum_in(op, "norm_kind", (int)a->norm_kind, RF_NORM_RMS, err));
@@ -312,7 +326,15 @@ rf_status rf_residual_check_run(const rf_residual_args *a, rf_error *err) {
         TRY(pointer(op, "a term", a->terms[t], err));
         TRY(not_same(op, "x", a->x, "a term", a->terms[t], err));
     }
-    if (a->gate >= 0) TRY(pointer(op, "gate_mod.table", a->gate_mod.table, err));
+    if (a->term_group && a->num_terms > 0) TRY(pointer(op, "weights (of term_group)", a->weights, err));
+    TRY(not_same(op, "x", a->x, "extra", a->extra, err));
+    if (a->store) {
+        TRY(pointer(op, "store_rows", a->store_rows, err));
+        TRY(not_same(op, "store", a->store, "x", a->x, err));
+        TRY(not_same(op, "store", a->store, "a term", a->terms[0], err));
+        TRY(not_same(op, "store", a->store, "norm_y", a->norm_y, err));
+    }
+    if (a->gate >= 0 || (a->extra && a->extra_gate >= 0)) TRY(pointer(op, "gate_mod.table", a->gate_mod.table, err));
     if (!a->norm_y) return RF_OK;
     TRY(not_same(op, "norm_y", a->norm_y, "x", a->x, err));
     if (a->norm_shift >= 0 || a->norm_scale >= 0) TRY(pointer(op, "norm_mod.table", a->norm_mod.table, err));
@@ -512,7 +534,10 @@ rf_status rf_rows_check(const rf_rows_args *a, rf_error *err) {
     TRY(given(op, a, err));
     TRY(float_dtype(op, "dtype", a->dtype, err));
     TRY(size_from(op, "num_rows", a->num_rows, 0, err));
-    return size_from(op, "cols", a->cols, 1, err);
+    TRY(size_from(op, "cols", a->cols, 1, err));
+    if (a->src_ld != 0) TRY(stride_from(op, "src_ld", a->src_ld, a->cols, err));
+    if (a->dst_ld != 0) TRY(stride_from(op, "dst_ld", a->dst_ld, a->cols, err));
+    return RF_OK;
 }
 
 rf_status rf_rows_check_run(const rf_rows_args *a, rf_error *err) {
@@ -528,11 +553,17 @@ rf_status rf_rows_check_run(const rf_rows_args *a, rf_error *err) {
 rf_status rf_reduce_pair_check(const rf_reduce_pair_args *a, rf_error *err) {
     const char *op = "reduce_pair";
     TRY(given(op, a, err));
-    TRY(float_dtype(op, "dtype", a->dtype, err));
+    TRY(float_dtype(op, "a_dtype", a->a_dtype, err));
+    if (a->b) TRY(float_dtype(op, "b_dtype", a->b_dtype, err));
+    TRY(enum_in(op, "kind", (int)a->kind, RF_REDUCE_ROW_NORMS, err));
     TRY(size_from(op, "groups", a->groups, 0, err));
     TRY(size_from(op, "rows", a->rows, 0, err));
     TRY(size_from(op, "cols", a->cols, 1, err));
-    return product_fits(op, "a", (int64_t[]){a->groups, a->rows, a->cols}, 3, err);
+    if (a->a_ld != 0) TRY(stride_from(op, "a_ld", a->a_ld, a->cols, err));
+    if (a->b && a->b_ld != 0) TRY(stride_from(op, "b_ld", a->b_ld, a->cols, err));
+    TRY(product_fits(op, "a", (int64_t[]){a->rows, a->a_ld ? a->a_ld : a->cols, a->groups}, 3, err));
+    if (!a->b) return RF_OK;
+    return product_fits(op, "b", (int64_t[]){a->rows, a->b_ld ? a->b_ld : a->cols, a->groups}, 3, err);
 }
 
 rf_status rf_reduce_pair_check_run(const rf_reduce_pair_args *a, rf_error *err) {
@@ -540,7 +571,116 @@ rf_status rf_reduce_pair_check_run(const rf_reduce_pair_args *a, rf_error *err) 
     TRY(rf_reduce_pair_check(a, err));
     if (a->groups == 0) return RF_OK;
     if (a->rows > 0) TRY(pointer(op, "a", a->a, err));
+    if (a->rows > 0 && a->kind != RF_REDUCE_PLAIN) TRY(pointer(op, "b (of a ratio)", a->b, err));
     return pointer(op, "out", a->out, err);
+}
+
+/* ---- caching ---- */
+
+rf_status rf_group_copy_check(const rf_group_copy_args *a, rf_error *err) {
+    const char *op = "group_copy";
+    TRY(given(op, a, err));
+    TRY(float_dtype(op, "a_dtype", a->a_dtype, err));
+    TRY(float_dtype(op, "dst_dtype", a->dst_dtype, err));
+    TRY(size_from(op, "groups", a->groups, 0, err));
+    TRY(size_from(op, "rows", a->rows, 0, err));
+    TRY(size_from(op, "cols", a->cols, 1, err));
+    TRY(stride_from(op, "a_ld", a->a_ld, a->cols, err));
+    TRY(stride_from(op, "dst_ld", a->dst_ld, a->cols, err));
+    TRY(product_fits(op, "a", (int64_t[]){a->rows, a->a_ld, a->groups}, 3, err));
+    TRY(product_fits(op, "dst", (int64_t[]){a->rows, a->dst_ld, a->groups}, 3, err));
+    if (a->b) {
+        TRY(float_dtype(op, "b_dtype", a->b_dtype, err));
+        TRY(size_in(op, "b_cols", a->b_cols, 1, a->cols, err));
+        TRY(stride_from(op, "b_ld", a->b_ld, a->b_cols, err));
+        TRY(product_fits(op, "b", (int64_t[]){a->rows, a->b_ld, a->groups}, 3, err));
+    }
+    if (a->dst_slot) TRY(stride_from(op, "dst_slot_stride", a->dst_slot_stride, a->rows * a->dst_ld, err));
+    return RF_OK;
+}
+
+/* dst may be the buffer of `name` if an element of one is the same element of the other. */
+static rf_status same_elements(const char *op, const char *name, const void *dst, const void *p, bool same,
+                               rf_error *err) {
+    if (dst != p || same) return RF_OK;
+    return rf_fail(err, RF_ERR_ARGUMENT, "%s: dst may not be the buffer of %s with another dtype, ld or index", op,
+                   name);
+}
+
+rf_status rf_group_copy_check_run(const rf_group_copy_args *a, rf_error *err) {
+    const char *op = "group_copy";
+    TRY(rf_group_copy_check(a, err));
+    if (a->groups == 0 || a->rows == 0) return RF_OK;
+    TRY(pointer(op, "a", a->a, err));
+    TRY(pointer(op, "dst", a->dst, err));
+    TRY(same_elements(op, "a", a->dst, a->a,
+                      a->a_dtype == a->dst_dtype && a->a_ld == a->dst_ld && a->a_index == a->dst_index, err));
+    return same_elements(op, "b", a->dst, a->b,
+                         a->b_dtype == a->dst_dtype && a->b_ld == a->dst_ld && a->b_index == a->dst_index, err);
+}
+
+rf_status rf_combine_check(const rf_combine_args *a, rf_error *err) {
+    const char *op = "combine";
+    TRY(given(op, a, err));
+    TRY(float_dtype(op, "ring_dtype", a->ring_dtype, err));
+    TRY(float_dtype(op, "dst_dtype", a->dst_dtype, err));
+    TRY(size_in(op, "num_slots", a->num_slots, 1, 64, err));
+    TRY(size_in(op, "num_classes", a->num_classes, 1, 256, err));
+    TRY(size_from(op, "groups", a->groups, 0, err));
+    TRY(size_from(op, "rows", a->rows, 0, err));
+    TRY(size_from(op, "cols", a->cols, 1, err));
+    TRY(stride_from(op, "dst_ld", a->dst_ld, a->cols, err));
+    TRY(product_fits(op, "dst", (int64_t[]){a->rows, a->dst_ld, a->groups}, 3, err));
+    if (a->num_slots > 1) {
+        TRY(stride_from(op, "slot_stride", a->slot_stride, a->rows * a->cols, err));
+        TRY(product_fits(op, "ring", (int64_t[]){a->num_slots, a->slot_stride}, 2, err));
+    }
+    if (!a->base) return RF_OK;
+    TRY(float_dtype(op, "base_dtype", a->base_dtype, err));
+    TRY(size_in(op, "base_cols", a->base_cols, 1, a->cols, err));
+    TRY(stride_from(op, "base_ld", a->base_ld, a->base_cols, err));
+    return product_fits(op, "base", (int64_t[]){a->rows, a->base_ld, a->groups}, 3, err);
+}
+
+rf_status rf_combine_check_run(const rf_combine_args *a, rf_error *err) {
+    const char *op = "combine";
+    TRY(rf_combine_check(a, err));
+    if (a->groups == 0 || a->rows == 0) return RF_OK;
+    TRY(pointer(op, "ring", a->ring, err));
+    TRY(pointer(op, "weights", a->weights, err));
+    TRY(pointer(op, "dst", a->dst, err));
+    TRY(not_same(op, "dst", a->dst, "ring", a->ring, err));
+    return same_elements(op, "base", a->dst, a->base,
+                         a->base_dtype == a->dst_dtype && a->base_ld == a->dst_ld && a->base_index == a->dst_index,
+                         err);
+}
+
+rf_status rf_row_merge_check(const rf_row_merge_args *a, rf_error *err) {
+    const char *op = "row_merge";
+    TRY(given(op, a, err));
+    TRY(float_dtype(op, "x_dtype", a->x_dtype, err));
+    TRY(float_dtype(op, "dtype", a->dtype, err));
+    TRY(size_from(op, "groups", a->groups, 0, err));
+    TRY(size_from(op, "rows", a->rows, 0, err));
+    TRY(size_from(op, "groups * rows", a->groups * a->rows, 0, err)); /* place numbers them in int32 */
+    TRY(size_from(op, "cols", a->cols, 1, err));
+    return modulation(op, "mod", &a->mod, (int64_t[]){a->ring_a ? a->gate_a : -1, a->gate_b}, 2, a->cols, err);
+}
+
+rf_status rf_row_merge_check_run(const rf_row_merge_args *a, rf_error *err) {
+    const char *op = "row_merge";
+    TRY(rf_row_merge_check(a, err));
+    if (a->groups == 0 || a->rows == 0) return RF_OK;
+    TRY(pointer(op, "x", a->x, err));
+    TRY(pointer(op, "y", a->y, err));
+    TRY(pointer(op, "ring_b", a->ring_b, err));
+    TRY(pointer(op, "place", a->place, err));
+    if ((a->ring_a && a->gate_a >= 0) || a->gate_b >= 0) TRY(pointer(op, "mod.table", a->mod.table, err));
+    TRY(not_same(op, "x", a->x, "y", a->y, err));
+    TRY(not_same(op, "x", a->x, "ring_a", a->ring_a, err));
+    TRY(not_same(op, "x", a->x, "ring_b", a->ring_b, err));
+    TRY(not_same(op, "ring_b", a->ring_b, "y", a->y, err));
+    return not_same(op, "ring_b", a->ring_b, "ring_a", a->ring_a, err);
 }
 
 /* ---- sampler ---- */

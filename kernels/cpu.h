@@ -117,6 +117,16 @@ void rf_cpu_blas_single_thread(void);
 /* One row of a norm: shift and scale are table entries of that row, NULL if absent. y may be x. */
 void rf_cpu_norm_row(float *y, const float *x, int64_t cols, rf_norm_kind kind, float eps, const float *weight,
                      const float *bias, const float *shift, const float *scale);
+/* x += gate * term over a row; gate may be NULL (1). */
+void rf_cpu_add_gated_row(float *x, const float *term, const float *gate, int64_t cols);
+
+/* The table columns at `offset` that belong to `row`; NULL for offset -1. */
+RF_INLINE const float *rf_cpu_modulation_row(const rf_modulation *mod, int64_t row, int64_t offset) {
+    if (offset < 0) return NULL;
+    int64_t group = row / mod->rows_per_group;
+    int64_t table_row = mod->index ? mod->index[group] : group;
+    return (const float *)mod->table + table_row * mod->stride + offset;
+}
 
 /* The operators, one file per header. */
 rf_status rf_gemm_cpu(rf_stream *stream, const rf_gemm_args *args, rf_error *err);
@@ -136,6 +146,12 @@ rf_status rf_upsample2x_cpu(rf_stream *stream, const rf_upsample2x_args *args, r
 rf_status rf_gather_rows_cpu(rf_stream *stream, const rf_rows_args *args, rf_error *err);
 rf_status rf_scatter_rows_cpu(rf_stream *stream, const rf_rows_args *args, rf_error *err);
 rf_status rf_reduce_pair_cpu(rf_stream *stream, const rf_reduce_pair_args *args, rf_error *err);
+rf_status rf_group_copy_cpu(rf_stream *stream, const rf_group_copy_args *args, rf_error *err);
+rf_status rf_combine_cpu(rf_stream *stream, const rf_combine_args *args, rf_error *err);
+rf_status rf_curvature_cpu(rf_stream *stream, const rf_curvature_args *args, rf_error *err);
+rf_status rf_row_merge_cpu(rf_stream *stream, const rf_row_merge_args *args, rf_error *err);
+rf_status rf_token_select_cpu(rf_stream *stream, const rf_token_select_args *args, rf_error *err);
+rf_status rf_row_score_cpu(rf_stream *stream, const rf_row_score_args *args, rf_error *err);
 rf_status rf_sampler_step_cpu(rf_stream *stream, const rf_sampler_step_args *args, rf_error *err);
 rf_status rf_step_advance_cpu(rf_stream *stream, const rf_step_advance_args *args, rf_error *err);
 rf_status rf_fill_normal_cpu(rf_stream *stream, const rf_fill_normal_args *args, rf_error *err);

@@ -145,9 +145,9 @@ static __global__ void __launch_bounds__(THREADS) patchify_kernel(const __grid_c
         const Index channel = col / patch, in_patch = col - channel * patch;
         const Index dx = in_patch % p.pw, dy = in_patch / p.pw % p.ph, df = in_patch / p.pw / p.ph;
         const Index tx = row % gw, ty = row / gw % gh, tf = row / gw / gh % gf;
-        const Index sample = row / gw / gh / gf % (Index)p.batch;
-        const int64_t line =
-            (((int64_t)sample * p.channels + channel) * p.frames + tf * p.pt + df) * p.height + ty * p.ph + dy;
+        int64_t sample = (int64_t)(row / gw / gh / gf % (Index)p.batch);
+        if (p.sample_index) sample = p.sample_index[sample];
+        const int64_t line = ((sample * p.channels + channel) * p.frames + tf * p.pt + df) * p.height + ty * p.ph + dy;
         ((T *)p.out)[at] = rf_from_f32<T>(scale * p.latent[line * p.width + tx * p.pw + dx]);
     }
 }

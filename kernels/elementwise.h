@@ -42,6 +42,7 @@ typedef struct {
 /* Latents to patch rows: out row (branch, b, f, y, x) = scale * latent[b] patch in order (channel, pt, ph, pw), rounded to
  * dtype. Branches repeat the batch: rows of branch 1 follow all rows of branch 0.
  *   latent [batch, channels, frames, height, width] f32; out [branches*batch*tokens, channels*pt*ph*pw] dtype
+ *   sample_index device int32 [batch] or NULL: packed sample b is latent sample_index[b]
  *   scale  device f32 table, entry *step * scale_stride is used; NULL = 1 */
 typedef struct {
     const float *latent;
@@ -49,6 +50,7 @@ typedef struct {
     rf_dtype dtype;
     int64_t batch, branches, channels, frames, height, width;
     int pt, ph, pw;
+    const int32_t *sample_index;
     const float *scale;
     const int32_t *step; /* device; NULL = entry 0 */
     int64_t scale_stride;

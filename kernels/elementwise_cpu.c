@@ -92,6 +92,7 @@ rf_status rf_patchify_cpu(rf_stream *stream, const rf_patchify_args *a, rf_error
 #pragma omp parallel for num_threads(rf_cpu_threads(stream)) schedule(static)
     for (int64_t row = 0; row < a->branches * a->batch * tokens; row++) {
         int64_t token = row % tokens, sample = row / tokens % a->batch;
+        if (a->sample_index) sample = a->sample_index[sample];
         int64_t tx = token % gw, ty = token / gw % gh, tf = token / (gw * gh);
         float *out = (float *)a->out + row * cols;
         for (int64_t c = 0; c < a->channels; c++) {

@@ -1,5 +1,6 @@
 /* kernels/norm.cu - row norms with modulation, and the gated residual fused with the norm that follows it.
- * Maths    s = base + gate * sum_t w_t term_t (f32);  x = s rounded;  n = (s - mean) / sqrt(var + eps) or s / rms;
+ * Maths    s = base + gate * sum_t w_t term_t + extra_gate * extra (f32);  x = s rounded;
+ *          n = (s - mean) / sqrt(var + eps) or s / rms;
  *          y = ((n * weight + bias) * (1 + scale) + shift) rounded. Two passes over registers: mean, then sums of d
  *          and d^2 with d = s - mean; the sum of d takes back the rounding of the mean.
  * Shapes   x [., cols], terms, y [num_rows, cols]; cols % 4 == 0, <= 16384; modulation offsets and stride % 4 == 0.
@@ -22,11 +23,13 @@ template <class T> struct raw4;
 template <> struct raw4<float> {
     float4 v;
     __device__ __forceinline__ void load(const float *p) { v = *reinterpret_cast<const float4 *>(p); }
+    __device__ __forceinline__ void store(float *p) const { *reinterpret_cast<float4 *>(p) = v; }
     __device__ __forceinline__ void unpack(float f[4]) const { f[0] = v.x, f[1] = v.y, f[2] = v.z, f[3] = v.w; }
 };
 template <> struct raw4<rf_bf16> {
     uint2 v;
     __device__ __forceinline__ void load(const rf_bf16 *p) { v = *reinterpret_cast<const uint2 *>(p); }
+    __device__ __forceinline__ void store(rf_bf16 *p) const { *reinterpret_cast<uint2 *>(p) = v; }
     __device__ __forceinline__ void unpack(float f[4]) const {
         f[0] = __uint_as_float(v.x << 16), f[1] = __uint_as_float(v.x & 0xffff0000u);
         f[2] = __uint_as_float(v.y << 16), f[3] = __uint_as_float(v.y & 0xffff0000u);
@@ -43,10 +46,21 @@ template <class T, int ROW_THREADS, int NV> struct row_part {
             if (c < cols) raw[v].load(row + c);
         }
     }
+    __device__ __forceinline__ void store(T *row, int lane, int cols) const {
+#pragma unroll
+        for (int v = 0; v < NV; v++) {
+            const int c = (v * ROW_THREADS + lane) * 4;
+            if (c < cols) raw[v].store(row + c);
+        }
+    }
 };
 
+/* Where terms lie. PLAIN: row i of every term is row i. STATE: term_group or extra is given (and rows is not). LISTED: term_rows
+ * or store is given (and rows is). */
+enum term_form { PLAIN, STATE, LISTED };
+
 /* X: x. Y: terms. T: modulation tables. norm() is the case of no terms and write_x false. */
-template <class X, class Y, class T, int ROW_THREADS, int NV>
+template <class X, class Y, class T, int ROW_THREADS, int NV, term_form FORM>
 static __global__ void __launch_bounds__(ROW_THREADS == 32 ? 128 : ROW_THREADS)
     residual_norm_kernel(const __grid_constant__ rf_residual_args p, const bool write_x) {
     constexpr int ROWS = ROW_THREADS == 32 ? 4 : 1;
@@ -74,17 +88,66 @@ static __global__ void __launch_bounds__(ROW_THREADS == 32 ? 128 : ROW_THREADS)
         if (p.norm_scale >= 0) scale_row = table + p.norm_scale;
     }
 
-    if (p.num_terms > 0) {
+    uint32_t term_row = (uint32_t)i;
+    if constexpr (FORM == LISTED)
+        if (p.term_rows) term_row = (uint32_t)p.term_rows[i];
+    if constexpr (FORM == STATE) {
+        const float *weights = p.weights;
+        if (p.term_group) {
+            const uint32_t group = (uint32_t)i / (uint32_t)p.rows_per_term_group;
+            const int32_t state = p.term_group[group];
+            term_row += ((uint32_t)state - group) * (uint32_t)p.rows_per_term_group;
+            weights += (int64_t)state * p.num_terms;
+        } else if (weights && p.weight_row) {
+            weights += (int64_t)p.weight_row[i] * p.num_terms;
+        }
+        const T *gate_row = NULL;
+        if (p.gate >= 0 && p.num_terms > 0)
+            gate_row = (const T *)p.gate_mod.table + rf_modulation_offset(p.gate_mod, row) + p.gate;
+        if (EARLY && scale_row) scale.load(scale_row, lane, cols);
+        if (EARLY && shift_row) shift.load(shift_row, lane, cols);
+#pragma unroll 1
+        for (int t = 0; t < p.num_terms; t++) {
+            const float w = weights ? weights[t] : 1.0f;
+            if (p.term_group && w == 0.0f) continue; /* the whole row agrees; the term may hold anything */
+            row_part<Y, ROW_THREADS, NV> term;
+            term.load((const Y *)p.terms[t] + (int64_t)term_row * cols, lane, cols);
+#pragma unroll
+            for (int v = 0; v < NV; v++) {
+                if ((v * ROW_THREADS + lane) * 4 < cols) {
+                    float f[4];
+                    term.raw[v].unpack(f);
+#pragma unroll
+                    for (int k = 0; k < 4; k++) s[v][k] = fmaf(w, f[k], s[v][k]);
+                }
+            }
+        }
+        if (gate_row) {
+            row_part<T, ROW_THREADS, NV> gate;
+            gate.load(gate_row, lane, cols);
+#pragma unroll
+            for (int v = 0; v < NV; v++) {
+                if ((v * ROW_THREADS + lane) * 4 < cols) {
+                    float f[4];
+                    gate.raw[v].unpack(f);
+#pragma unroll
+                    for (int k = 0; k < 4; k++) s[v][k] *= f[k];
+                }
+            }
+        }
+    } else if (p.num_terms > 0) {
         row_part<T, ROW_THREADS, NV> gate;
         const float *weights = p.weights;
         if (weights && p.weight_row) weights += (int64_t)p.weight_row[i] * p.num_terms;
         row_part<Y, ROW_THREADS, NV> term;
-        term.load((const Y *)p.terms[0] + i * cols, lane, cols);
+        term.load((const Y *)p.terms[0] + (FORM == LISTED ? (int64_t)term_row : i) * cols, lane, cols);
         const T *gate_row = NULL;
         if (p.gate >= 0) gate_row = (const T *)p.gate_mod.table + rf_modulation_offset(p.gate_mod, row) + p.gate;
         if (EARLY && gate_row) gate.load(gate_row, lane, cols);
         if (EARLY && scale_row) scale.load(scale_row, lane, cols);
         if (EARLY && shift_row) shift.load(shift_row, lane, cols);
+        if constexpr (FORM == LISTED)
+            if (p.store) term.store((Y *)p.store + (int64_t)p.store_rows[i] * cols, lane, cols);
 #pragma unroll 1
         for (int t = 0;;) {
             const float w = weights ? weights[t] : 1.0f;
@@ -98,7 +161,7 @@ static __global__ void __launch_bounds__(ROW_THREADS == 32 ? 128 : ROW_THREADS)
                 }
             }
             if (++t >= p.num_terms) break;
-            term.load((const Y *)p.terms[t] + i * cols, lane, cols);
+            term.load((const Y *)p.terms[t] + (FORM == LISTED ? (int64_t)term_row : i) * cols, lane, cols);
         }
         if (gate_row) {
             if (!EARLY) gate.load(gate_row, lane, cols);
@@ -141,6 +204,25 @@ static __global__ void __launch_bounds__(ROW_THREADS == 32 ? 128 : ROW_THREADS)
                     rf_load4((const rf_bf16 *)p.base + base_row + c, f);
 #pragma unroll
                 for (int k = 0; k < 4; k++) s[v][k] += f[k];
+            }
+        }
+    }
+    if constexpr (FORM == STATE) {
+        if (p.extra) {
+            const Y *const extra_row = (const Y *)p.extra + (int64_t)term_row * cols;
+            const T *gate_row = NULL;
+            if (p.extra_gate >= 0)
+                gate_row = (const T *)p.gate_mod.table + rf_modulation_offset(p.gate_mod, row) + p.extra_gate;
+#pragma unroll
+            for (int v = 0; v < NV; v++) {
+                const int c = (v * ROW_THREADS + lane) * 4;
+                if (c < cols) {
+                    float f[4], g[4] = {1.0f, 1.0f, 1.0f, 1.0f};
+                    rf_load4(extra_row + c, f);
+                    if (gate_row) rf_load4(gate_row + c, g);
+#pragma unroll
+                    for (int k = 0; k < 4; k++) s[v][k] = __fadd_rn(s[v][k], __fmul_rn(g[k], f[k]));
+                }
             }
         }
     }
@@ -234,30 +316,39 @@ static __global__ void __launch_bounds__(ROW_THREADS == 32 ? 128 : ROW_THREADS)
 
 /* --- launch ------------------------------------------------------------------------------------------------------- */
 
-template <class X, class Y, class T>
+template <class X, class Y, class T, term_form FORM>
 static rf_status launch(rf_stream *stream, const char *label, const rf_residual_args &p, bool write_x, rf_error *err) {
     const int64_t cols = p.cols;
     const dim3 rows((unsigned)p.num_rows);
     if (cols <= 512) /* a warp per row, four rows a block */
-        return rf_launch_early(stream, label, err, residual_norm_kernel<X, Y, T, 32, 4>,
+        return rf_launch_early(stream, label, err, residual_norm_kernel<X, Y, T, 32, 4, FORM>,
                                dim3((unsigned)rf_ceil_div(p.num_rows, 4)), dim3(128), 0, p, write_x);
     if (cols <= 1152)
-        return rf_launch_early(stream, label, err, residual_norm_kernel<X, Y, T, 32, 9>,
+        return rf_launch_early(stream, label, err, residual_norm_kernel<X, Y, T, 32, 9, FORM>,
                                dim3((unsigned)rf_ceil_div(p.num_rows, 4)), dim3(128), 0, p, write_x);
     if (cols <= 2048) /* a block per row */
-        return rf_launch_early(stream, label, err, residual_norm_kernel<X, Y, T, 128, 4>, rows, dim3(128), 0, p,
+        return rf_launch_early(stream, label, err, residual_norm_kernel<X, Y, T, 128, 4, FORM>, rows, dim3(128), 0, p,
                                write_x);
     if (cols <= 4096)
-        return rf_launch_early(stream, label, err, residual_norm_kernel<X, Y, T, 256, 4>, rows, dim3(256), 0, p,
+        return rf_launch_early(stream, label, err, residual_norm_kernel<X, Y, T, 256, 4, FORM>, rows, dim3(256), 0, p,
                                write_x);
-    return rf_launch_early(stream, label, err, residual_norm_kernel<X, Y, T, 512, 8>, rows, dim3(512), 0, p, write_x);
+    return rf_launch_early(stream, label, err, residual_norm_kernel<X, Y, T, 512, 8, FORM>, rows, dim3(512), 0, p,
+                           write_x);
+}
+
+template <class X, class Y, term_form FORM>
+static rf_status launch_form(rf_stream *stream, const char *label, const rf_residual_args &p, bool write_x,
+                             rf_dtype table_dtype, rf_error *err) {
+    if (table_dtype == RF_DTYPE_F32) return launch<X, Y, float, FORM>(stream, label, p, write_x, err);
+    return launch<X, Y, rf_bf16, FORM>(stream, label, p, write_x, err);
 }
 
 template <class X, class Y>
 static rf_status launch_table(rf_stream *stream, const char *label, const rf_residual_args &p, bool write_x,
                               rf_dtype table_dtype, rf_error *err) {
-    if (table_dtype == RF_DTYPE_F32) return launch<X, Y, float>(stream, label, p, write_x, err);
-    return launch<X, Y, rf_bf16>(stream, label, p, write_x, err);
+    if (p.term_group || p.extra) return launch_form<X, Y, STATE>(stream, label, p, write_x, table_dtype, err);
+    if (p.term_rows || p.store) return launch_form<X, Y, LISTED>(stream, label, p, write_x, table_dtype, err);
+    return launch_form<X, Y, PLAIN>(stream, label, p, write_x, table_dtype, err);
 }
 
 static rf_status launch_any(rf_stream *stream, const char *label, const rf_residual_args &p, bool write_x,
@@ -322,8 +413,9 @@ extern "C" rf_status rf_norm_cuda(rf_stream *stream, const rf_norm_args *args, r
 extern "C" rf_status rf_residual_cuda(rf_stream *stream, const rf_residual_args *args, rf_error *err) {
     rf_status status = stream ? rf_residual_check_run(args, err) : rf_residual_check(args, err);
     if (status == RF_OK) status = check_cols("residual", args->cols, err);
-    if (status == RF_OK) status = check_offsets("residual", &args->gate_mod, args->gate, -1, err);
-    const bool gated = args && args->gate >= 0 && args->num_terms > 0;
+    if (status == RF_OK)
+        status = check_offsets("residual", &args->gate_mod, args->gate, args->extra ? args->extra_gate : -1, err);
+    const bool gated = args && ((args->gate >= 0 && args->num_terms > 0) || (args->extra && args->extra_gate >= 0));
     const bool modulated = args && args->norm_y && (args->norm_shift >= 0 || args->norm_scale >= 0);
     if (status == RF_OK && modulated)
         status = check_offsets("residual", &args->norm_mod, args->norm_shift, args->norm_scale, err);
@@ -335,6 +427,8 @@ extern "C" rf_status rf_residual_cuda(rf_stream *stream, const rf_residual_args 
     if (status == RF_OK) status = check_aligned("residual", "base", args->base, args->base_dtype, err);
     for (int t = 0; t < args->num_terms && status == RF_OK; t++)
         status = check_aligned("residual", "a term", args->terms[t], args->y_dtype, err);
+    if (status == RF_OK) status = check_aligned("residual", "extra", args->extra, args->y_dtype, err);
+    if (status == RF_OK) status = check_aligned("residual", "store", args->store, args->y_dtype, err);
     if (status == RF_OK && gated)
         status = check_aligned("residual", "gate_mod.table", args->gate_mod.table, args->gate_mod.dtype, err);
     if (status == RF_OK && args->norm_y) {
@@ -346,7 +440,7 @@ extern "C" rf_status rf_residual_cuda(rf_stream *stream, const rf_residual_args 
     }
     if (status != RF_OK) return status;
 
-    const bool write_x = args->base != NULL || args->num_terms > 0;
+    const bool write_x = args->base != NULL || args->num_terms > 0 || args->extra != NULL;
     if (!write_x && !args->norm_y) return RF_OK; /* nothing changes */
     const rf_dtype table = gated ? args->gate_mod.dtype : modulated ? args->norm_mod.dtype : RF_DTYPE_F32;
     return launch_any(stream, args->norm_y ? "residual_norm" : "residual", *args, write_x, table, err);

@@ -52,6 +52,13 @@ typedef struct {
  *   terms   num_terms (0..8) x [num_rows, cols] y_dtype
  *   weights device f32 [num_weight_rows, num_terms] or NULL (all 1)
  *   weight_row device u8 [num_rows] or NULL (row 0): which row of weights a row takes
+ *   term_group device int32 [num_rows / rows_per_term_group] or NULL. Given, the terms are state of all groups: x row r of
+ *             group g = r / rows_per_term_group takes term row term_group[g] * rows_per_term_group + r % rows_per_term_group
+ *             and weight row term_group[g] (weights wanted, weight_row and rows not). A term of weight 0 is not read.
+ *   extra   [num_rows, cols] y_dtype or NULL: x_new += extra_gate * extra[row] after the sum, a second part's output with its own gate column
+ *             (term_group applies to it too; not with rows)
+ *   term_rows device int32 [num_rows] or NULL, with rows: term row i is row term_rows[i] of the terms (state) instead of row i
+ *   store   [., cols] y_dtype or NULL, with rows: store row store_rows[i] = terms[0]'s row of i (a copy, no second read)
  *   rows    device int32 [num_rows] or NULL: term row i is added to x row rows[i]; y row i is that row's norm
  *   gate    column offset in gate_mod, -1 = 1
  *   norm    if norm_y is not NULL: kind, eps, weight, bias, shift, scale as in rf_norm_args, over the new x in f32
@@ -64,7 +71,12 @@ typedef struct {
     const void *terms[RF_MAX_TERMS];
     const float *weights;
     const uint8_t *weight_row;
-    const int32_t *rows;
+    const int32_t *term_group;
+    int64_t rows_per_term_group;
+    const void *extra;
+    int64_t extra_gate;
+    const int32_t *rows, *term_rows, *store_rows;
+    void *store;
     rf_dtype x_dtype, base_dtype, y_dtype;
     int64_t num_rows, cols;
     rf_modulation gate_mod;

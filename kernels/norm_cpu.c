@@ -49,14 +49,6 @@ void rf_cpu_norm_row(float *y, const float *x, int64_t cols, rf_norm_kind kind, 
     if (shift) row_shift(y, cols, shift);
 }
 
-/* The table columns at `offset` that belong to `row`; NULL for offset -1. */
-static const float *modulation_of(const rf_modulation *mod, int64_t row, int64_t offset) {
-    if (offset < 0) return NULL;
-    int64_t group = row / mod->rows_per_group;
-    int64_t table_row = mod->index ? mod->index[group] : group;
-    return (const float *)mod->table + table_row * mod->stride + offset;
-}
-
 static rf_status check_table(const char *what, const rf_modulation *mod, bool used, rf_error *err) {
     return used ? rf_check_f32(what, mod->dtype, err) : RF_OK;
 }
@@ -72,8 +64,8 @@ rf_status rf_norm_cpu(rf_stream *stream, const rf_norm_args *a, rf_error *err) {
     for (int64_t i = 0; i < a->num_rows; i++) {
         int64_t row = a->rows ? a->rows[i] : i;
         rf_cpu_norm_row((float *)a->y + i * a->cols, (const float *)a->x + row * a->cols, a->cols, a->kind, a->eps,
-                        a->weight, a->bias, modulation_of(&a->mod, row, a->shift),
-                        modulation_of(&a->mod, row, a->scale));
+                        a->weight, a->bias, rf_cpu_modulation_row(&a->mod, row, a->shift),
+                        rf_cpu_modulation_row(&a->mod, row, a->scale));
     }
     return RF_OK;
 }
@@ -96,12 +88,19 @@ RF_HOT static void residual_row(float *x, const float *base, const float *gate, 
     }
 }
 
+RF_HOT void rf_cpu_add_gated_row(float *x, const float *term, const float *gate, int64_t cols) {
+    if (gate)
+        for (int64_t c = 0; c < cols; c++) x[c] += gate[c] * term[c];
+    else
+        for (int64_t c = 0; c < cols; c++) x[c] += term[c];
+}
+
 rf_status rf_residual_cpu(rf_stream *stream, const rf_residual_args *a, rf_error *err) {
     RF_TRY(stream ? rf_residual_check_run(a, err) : rf_residual_check(a, err));
     RF_TRY(rf_check_f32("residual: x_dtype", a->x_dtype, err));
     RF_TRY(rf_check_f32("residual: y_dtype", a->y_dtype, err));
     if (a->base) RF_TRY(rf_check_f32("residual: base_dtype", a->base_dtype, err));
-    RF_TRY(check_table("residual: gate_mod", &a->gate_mod, a->gate >= 0, err));
+    RF_TRY(check_table("residual: gate_mod", &a->gate_mod, a->gate >= 0 || (a->extra && a->extra_gate >= 0), err));
     if (a->norm_y) {
         RF_TRY(rf_check_f32("residual: norm_y_dtype", a->norm_y_dtype, err));
         RF_TRY(check_table("residual: norm_mod", &a->norm_mod, a->norm_shift >= 0 || a->norm_scale >= 0, err));
@@ -113,16 +112,36 @@ rf_status rf_residual_cpu(rf_stream *stream, const rf_residual_args *a, rf_error
         int64_t row = a->rows ? a->rows[i] : i;
         float *x = (float *)a->x + row * a->cols;
         const float *base = a->base ? (const float *)a->base + row % a->base_period * a->cols : x;
-        const float *terms[RF_MAX_TERMS] = {NULL};
-        for (int t = 0; t < a->num_terms; t++) terms[t] = (const float *)a->terms[t] + i * a->cols;
-        const float *weights = a->weights;
-        if (weights && a->weight_row) weights += a->weight_row[i] * a->num_terms;
-        if (a->num_terms > 0 || base != x)
-            residual_row(x, base, modulation_of(&a->gate_mod, row, a->gate), terms, weights, a->num_terms, a->cols);
+        const float *terms[RF_MAX_TERMS] = {NULL}, *weights = a->weights;
+        float used_weights[RF_MAX_TERMS];
+        int num_terms = 0;
+        int64_t term_row = a->term_rows ? a->term_rows[i] : i;
+        if (a->term_group) { /* only terms that have a weight */
+            int64_t group = a->term_group[i / a->rows_per_term_group];
+            term_row = group * a->rows_per_term_group + i % a->rows_per_term_group;
+            for (int t = 0; t < a->num_terms; t++) {
+                float w = a->weights[group * a->num_terms + t];
+                if (w == 0) continue;
+                used_weights[num_terms] = w;
+                terms[num_terms++] = (const float *)a->terms[t] + term_row * a->cols;
+            }
+            weights = used_weights;
+        } else {
+            for (; num_terms < a->num_terms; num_terms++)
+                terms[num_terms] = (const float *)a->terms[num_terms] + term_row * a->cols;
+            if (weights && a->weight_row) weights += a->weight_row[i] * a->num_terms;
+        }
+        if (a->store) memcpy((float *)a->store + a->store_rows[i] * a->cols, terms[0], (size_t)a->cols * sizeof(float));
+        if (num_terms > 0 || base != x)
+            residual_row(x, base, rf_cpu_modulation_row(&a->gate_mod, row, a->gate), terms, weights, num_terms,
+                         a->cols);
+        if (a->extra)
+            rf_cpu_add_gated_row(x, (const float *)a->extra + term_row * a->cols,
+                                 rf_cpu_modulation_row(&a->gate_mod, row, a->extra_gate), a->cols);
         if (a->norm_y)
             rf_cpu_norm_row((float *)a->norm_y + i * a->cols, x, a->cols, a->norm_kind, a->norm_eps, a->norm_weight,
-                            a->norm_bias, modulation_of(&a->norm_mod, row, a->norm_shift),
-                            modulation_of(&a->norm_mod, row, a->norm_scale));
+                            a->norm_bias, rf_cpu_modulation_row(&a->norm_mod, row, a->norm_shift),
+                            rf_cpu_modulation_row(&a->norm_mod, row, a->norm_scale));
     }
     return RF_OK;
 }

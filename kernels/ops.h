@@ -15,6 +15,7 @@
 
 #include "core/backend.h"
 #include "kernels/attention.h"
+#include "kernels/cache.h"
 #include "kernels/conv.h"
 #include "kernels/elementwise.h"
 #include "kernels/gemm.h"
@@ -51,6 +52,13 @@ typedef struct {
     rf_status (*gather_rows)(rf_stream *, const rf_rows_args *, rf_error *);
     rf_status (*scatter_rows)(rf_stream *, const rf_rows_args *, rf_error *);
     rf_status (*reduce_pair)(rf_stream *, const rf_reduce_pair_args *, rf_error *);
+
+    rf_status (*group_copy)(rf_stream *, const rf_group_copy_args *, rf_error *);
+    rf_status (*combine)(rf_stream *, const rf_combine_args *, rf_error *);
+    rf_status (*curvature)(rf_stream *, const rf_curvature_args *, rf_error *);
+    rf_status (*row_merge)(rf_stream *, const rf_row_merge_args *, rf_error *);
+    rf_status (*token_select)(rf_stream *, const rf_token_select_args *, rf_error *);
+    rf_status (*row_score)(rf_stream *, const rf_row_score_args *, rf_error *);
 
     rf_status (*sampler_step)(rf_stream *, const rf_sampler_step_args *, rf_error *);
     rf_status (*step_advance)(rf_stream *, const rf_step_advance_args *, rf_error *);

@@ -40,6 +40,14 @@ rf_status rf_gather_rows_cuda(rf_stream *stream, const rf_rows_args *args, rf_er
 rf_status rf_scatter_rows_cuda(rf_stream *stream, const rf_rows_args *args, rf_error *err);
 rf_status rf_reduce_pair_cuda(rf_stream *stream, const rf_reduce_pair_args *args, rf_error *err);
 
+/* cache.cu, curvature.cu, token_select.cu, row_score.cu */
+rf_status rf_group_copy_cuda(rf_stream *stream, const rf_group_copy_args *args, rf_error *err);
+rf_status rf_combine_cuda(rf_stream *stream, const rf_combine_args *args, rf_error *err);
+rf_status rf_curvature_cuda(rf_stream *stream, const rf_curvature_args *args, rf_error *err);
+rf_status rf_row_merge_cuda(rf_stream *stream, const rf_row_merge_args *args, rf_error *err);
+rf_status rf_token_select_cuda(rf_stream *stream, const rf_token_select_args *args, rf_error *err);
+rf_status rf_row_score_cuda(rf_stream *stream, const rf_row_score_args *args, rf_error *err);
+
 /* sampler.cu */
 rf_status rf_sampler_step_cuda(rf_stream *stream, const rf_sampler_step_args *args, rf_error *err);
 rf_status rf_step_advance_cuda(rf_stream *stream, const rf_step_advance_args *args, rf_error *err);

@@ -6,11 +6,12 @@ static rf_status copy_rows(rf_stream *stream, const rf_rows_args *a, bool gather
     RF_TRY(rf_check_f32("rows: dtype", a->dtype, err));
     if (!stream || a->num_rows == 0) return RF_OK;
     rf_stream_note_launch(stream, gather ? "gather_rows" : "scatter_rows");
+    int64_t src_ld = a->src_ld ? a->src_ld : a->cols, dst_ld = a->dst_ld ? a->dst_ld : a->cols;
     size_t row_bytes = (size_t)a->cols * sizeof(float);
 #pragma omp parallel for num_threads(rf_cpu_threads(stream)) schedule(static)
     for (int64_t i = 0; i < a->num_rows; i++) {
         int64_t from = gather ? a->rows[i] : i, to = gather ? i : a->rows[i];
-        memcpy((float *)a->dst + to * a->cols, (const float *)a->src + from * a->cols, row_bytes);
+        memcpy((float *)a->dst + to * dst_ld, (const float *)a->src + from * src_ld, row_bytes);
     }
     return RF_OK;
 }

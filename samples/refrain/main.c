@@ -23,8 +23,22 @@ static const command commands[] = {
     {"info", cmd_info, "what a model folder or a safetensors file holds"},
     {"bench", cmd_bench, "time forwards or whole images"},
     {"metadata", cmd_metadata, "print the settings embedded in a PNG"},
+    {"policies", cmd_policies, "ways to reuse work between steps, and a model's presets"},
+#ifdef RF_HAVE_SWEEP
+    {"sweep", cmd_sweep, "speed against quality of policies, and a report"},
+#endif
+#ifdef RF_HAVE_CALIBRATE
+    {"calibrate", cmd_calibrate, "measure on a model what some policies need to know about it"},
+#endif
 };
-static const char command_names[] = "image info bench metadata";
+static const char command_names[] = "image info bench metadata policies"
+#ifdef RF_HAVE_SWEEP
+                                    " sweep"
+#endif
+#ifdef RF_HAVE_CALIBRATE
+                                    " calibrate"
+#endif
+    ;
 
 #define NUM_COMMANDS (sizeof commands / sizeof commands[0])
 

@@ -18,6 +18,9 @@ int cmd_image(int argc, char **argv);
 int cmd_info(int argc, char **argv);
 int cmd_bench(int argc, char **argv);
 int cmd_metadata(int argc, char **argv);
+int cmd_policies(int argc, char **argv);
+int cmd_sweep(int argc, char **argv);
+int cmd_calibrate(int argc, char **argv);
 
 /* "refrain: ..." on standard error. Control characters (a file name may hold any) are shown as '?', so that one message
  * stays one line. */

@@ -14,6 +14,7 @@ void progress_begin(progress_bar *bar, int total, bool quiet) {
     bar->total = total > 0 ? total : 1;
     bar->start_ms = now_ms();
     bar->drawn_ms = 0;
+    bar->note[0] = 0;
 }
 
 void progress_update(progress_bar *bar, int done) {
@@ -26,8 +27,8 @@ void progress_update(progress_bar *bar, int done) {
     char line[BAR_COLUMNS + 1];
     for (int i = 0; i < BAR_COLUMNS; i++) line[i] = i < filled ? '=' : ' ';
     line[BAR_COLUMNS] = 0;
-    fprintf(stderr, "\r[%s] step %d/%d  %.1f step/s  %.0f s left \033[K", line, done, bar->total, rate,
-            rate > 0 ? (bar->total - done) / rate : 0);
+    fprintf(stderr, "\r[%s] step %d/%d  %.1f step/s  %.0f s left  %s\033[K", line, done, bar->total, rate,
+            rate > 0 ? (bar->total - done) / rate : 0, bar->note);
     fflush(stderr);
 }
 

@@ -8,6 +8,7 @@ typedef struct {
     bool shown; /* standard error is a terminal and nobody asked for quiet */
     int total;  /* steps of the whole run */
     double start_ms, drawn_ms;
+    char note[48]; /* shown at the end; the owner changes it at will */
 } progress_bar;
 
 void progress_begin(progress_bar *bar, int total, bool quiet);

@@ -4,6 +4,7 @@
 
 #include <cjson/cJSON.h>
 
+#include "caching/cache.h"
 #include "core/image.h"
 
 /* One output file of `refrain image`. A grid has num_images > 1 classes and seeds in one file. */
@@ -15,6 +16,21 @@ typedef struct {
     int width, height;
 } report_output;
 
+/* What a policy did in the whole run. */
+typedef struct {
+    const char *mode, *options;
+    rf_cache_counts counts; /* summed over the batches; bytes: the largest */
+} report_cache;
+
+/* Pictures against those of the uncached run with the same seeds. */
+typedef struct {
+    double psnr_db, ssim;             /* means over the pictures; psnr_db infinite if one of them is equal */
+    double worst_psnr_db, worst_ssim; /* of one picture */
+    double max_abs;                   /* largest difference in [0, 1] */
+    double speedup;                   /* of the denoising loop: uncached time over cached time */
+    double reference_ms;              /* the uncached denoising loop */
+} report_quality;
+
 typedef struct {
     const char *command, *model, *device, *dtype;
     uint64_t seed;
@@ -24,9 +40,12 @@ typedef struct {
     size_t weights_bytes, arena_bytes, peak_device_bytes;
     const report_output *outputs;
     int num_outputs;
+    const report_cache *cache;     /* NULL: no policy */
+    const report_quality *quality; /* NULL: not compared */
 } run_report;
 
-/* The object of `refrain image --json` on standard output. RF_ERR_MEMORY. */
+/* The object of `refrain image --json` on standard output. A psnr_db or worst_psnr_db of null is infinite: the pictures are
+ * equal; an ssim of null: they are smaller than its window. RF_ERR_MEMORY. */
 rf_status report_print_run(const run_report *report, rf_error *err);
 
 /* The settings that make a picture again. Nothing here depends on time or place, so equal runs give equal files. */
@@ -37,7 +56,10 @@ typedef struct {
     const char *const *class_names; /* [num_images]: more than one in a grid */
     const uint64_t *seeds;          /* [num_images] */
     int num_images;
-    int width, height; /* of one picture */
+    int width, height;         /* of one picture */
+    const char *cache_mode;    /* NULL = no policy */
+    const char *cache_options; /* "k=v,...", all of them */
+    double max_drift;          /* 0 = no drift guard */
 } picture_settings;
 
 /* Saves the picture with two texts: `parameters` as other programs write it, and `refrain` with the same as JSON. */

@@ -97,6 +97,41 @@ def pictures():
     put("png_texts", "no_keyword.png", png(3, 3, 8, 2, rgb, chunk(b"tEXt", b"\0v")))
 
 
+def trace(policy, options, steps, images=1, batches=1, tokens=16):
+    """One batch after another; a step is a list of (which image or images, entry)."""
+    lines = []
+    for batch in range(batches):
+        lines.append({"trace": 1, "policy": policy, "options": options, "model": "m", "sampler": "ddim",
+                      "steps": len(steps), "images": images, "first_image": batch * images, "branches": 2, "blocks": 2,
+                      "parts": 2, "tokens": tokens})
+        for step, entries in enumerate(steps):
+            told = []
+            for which, entry in entries:
+                at = [i + batch * images for i in which] if isinstance(which, list) else which + batch * images
+                told.append({"image": at, "span": 0, "horizon": 0, "statistic": None, "threshold": None, "forced": False,
+                             **entry})
+            lines.append({"step": step, "timestep": 999 - step, "images": told})
+    return "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines).encode()
+
+
+def traces():
+    full = {"kind": "full", "produce": "none", "weights": [], "blocks": "cc cc"}
+    again = {**full, "weights": [[1]], "drift": [0.1, 0.2], "signals": {"output_size": [3, 4]}}
+    skip = {"kind": "skip", "produce": "none", "horizon": 1, "weights": [[1]], "blocks": "rr rr"}
+    put("trace", "fora", trace("fora", "", [[(0, full)], [(0, skip)], [(0, again)], [(0, {**skip, "statistic": 0.5})]]))
+    rows = {"kind": "partial", "produce": "none", "horizon": 1, "weights": [[1]], "blocks": "rt rt", "rows": [0, 3, 0, 5]}
+    put("trace", "toca", trace("toca", "ratio=0.5", [[([0, 1], full)], [(0, rows), (1, skip)]], images=2, batches=2))
+    output = {"kind": "skip", "produce": "output", "horizon": 1, "weights": [[1.5, -0.5, 0]] * 3, "blocks": "-- --"}
+    put("trace", "worldcache", trace("worldcache", "", [[(0, full)]] * 3 + [[(0, output)]] * 2))
+    span = {"kind": "partial", "produce": "span", "horizon": 1, "weights": [[1]], "blocks": "cc --"}
+    put("trace", "fbcache", trace("fbcache", "", [[(0, full)], [(0, span)]]))
+    verified = {"kind": "partial", "produce": "none", "verify": "use", "horizon": 1, "weights": [[2, -1]], "blocks": "pp pp"}
+    put("trace", "speca", trace("speca", "output=verified", [[(0, full)]] * 3 + [[(0, verified)]]))
+    put("trace", "replay", trace("replay", "file=x", [[(0, full)]]))
+    put("trace", "cut", trace("fora", "", [[(0, full)], [(0, skip)]])[:-40])
+
+
 weights()
 configs()
 pictures()
+traces()

@@ -92,7 +92,8 @@ static rf_status run_residual(rf_stream *stream, float *out, size_t *num_out, rf
 static rf_status run_reduce(rf_stream *stream, float *out, size_t *num_out, rf_error *err) {
     rf_reduce_pair_args r = {.a = normals(3 * 333 * 216, 12),
                              .b = normals(3 * 333 * 216, 13),
-                             .dtype = RF_DTYPE_F32,
+                             .a_dtype = RF_DTYPE_F32,
+                             .b_dtype = RF_DTYPE_F32,
                              .groups = 3,
                              .rows = 333,
                              .cols = 216,

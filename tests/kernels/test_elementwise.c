@@ -262,7 +262,8 @@ START_TEST(reduce_matches_double_and_repeats) {
             operand out = op_poison(RF_DTYPE_F32, (size_t)groups * 4), again = op_poison(RF_DTYPE_F32, out.num);
             rf_reduce_pair_args a = {.a = x.dev,
                                      .b = form & 1 ? NULL : b.dev,
-                                     .dtype = dtype,
+                                     .a_dtype = dtype,
+                                     .b_dtype = dtype,
                                      .groups = groups,
                                      .rows = rows,
                                      .cols = cols,
@@ -383,12 +384,12 @@ START_TEST(bad_row_arguments_are_refused) {
     r.num_rows = 0;
     expect_ok(test_ops()->scatter_rows(test_stream(), &r, &err));
 
-    rf_reduce_pair_args p = {.dtype = dtype, .groups = 1, .rows = 4, .cols = 8};
+    rf_reduce_pair_args p = {.a_dtype = dtype, .b_dtype = dtype, .groups = 1, .rows = 4, .cols = 8};
     expect_ok(test_ops()->reduce_pair(NULL, &p, &err));
     REFUSED(rf_reduce_pair_args, reduce_pair, p, a.groups = -1, RF_ERR_SHAPE);
     REFUSED(rf_reduce_pair_args, reduce_pair, p, a.rows = -1, RF_ERR_SHAPE);
     REFUSED(rf_reduce_pair_args, reduce_pair, p, a.cols = 0, RF_ERR_SHAPE);
-    REFUSED(rf_reduce_pair_args, reduce_pair, p, a.dtype = RF_DTYPE_U8, RF_ERR_DTYPE);
+    REFUSED(rf_reduce_pair_args, reduce_pair, p, a.a_dtype = RF_DTYPE_U8, RF_ERR_DTYPE);
     expect_status(test_ops()->reduce_pair(test_stream(), &p, &err), RF_ERR_ARGUMENT);
 }
 END_TEST

@@ -1,0 +1,536 @@
+/* samples/refrain/sweep_plan.c - parsing of settings, and the two tables that belong to it: what "all" stands for and
+ * which option of a policy a search turns. A unit test holds both tables against the policies' own. */
+#include "samples/refrain/sweep_plan.h"
+
+#include <ctype.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "core/memory.h"
+
+#define MAX_VALUES       1000 /* of one option */
+#define VALUE_BYTES      512
+#define AUTO_STEP_COUNTS 10
+
+/* --- the built-in list -------------------------------------------------------------------------------------------- */
+
+/* About four settings a policy, mild to aggressive at 50 steps. Not in it: `replay`, which needs a file, and
+ * `measure`, which never skips. */
+static const char *const builtin[] = {
+    "interval:interval=2,3,4,6",
+    "interval:interval=3,5;order=1;first=3",
+    "interval:interval=4,6;order=2;first=3;predictor=newton",
+    "teacache:threshold=0.02,0.05,0.1,0.2",
+    "easycache:threshold=0.005,0.01,0.025,0.05",
+    "magcache:threshold=0.03,0.06,0.12,0.24",
+    "magcache:threshold=0.24;max_skips=8;retain=0.1",
+    "spectrum:flex=0.1,0.3,0.75,3",
+    "spectrum:level=output;flex=0.3",
+    "adacache:codebook=slow|fast|0.08:2/1:1|long",
+    "worldcache:max_skips=2;threshold=0.05,0.2",
+    "worldcache:max_skips=4;threshold=0.5",
+    "worldcache:max_skips=6;threshold=0.5,2",
+    "worldcache:max_skips=2,4;threshold=0.5;floor=1",
+    "fbcache:threshold=0.02,0.05,0.1,0.2",
+    "dbcache:fn=1;threshold=0.04,0.08,0.15",
+    "dbcache:fn=2;bn=1;threshold=0.15",
+    "dbcache:threshold=0.1,0.3;max_continuous=6;calibrator=taylor",
+    "deltacache:interval=2;fraction=0.5,0.75,0.9",
+    "deltacache:interval=3,5;fraction=0.9",
+    "fora:interval=2,3,4,6",
+    "taylorseer:mode=parts;interval=2,3,4,5",
+    "taylorseer:mode=last;interval=3,4,6;order=1",
+    "taylorseer:mode=last;interval=4,5,6;order=2;predictor=newton",
+    "hicache:mode=parts;interval=3,5;sigma=0.5",
+    "hicache:mode=last;interval=3,4,6;sigma=0.5",
+    "speca:base=0.03,0.1,0.3;order=2",
+    "speca:base=1;max=8;order=1",
+    "pab:self=2,4",
+    "pab:self=3;mlp=2;lo=0;hi=1000",
+    "pab:self=6;mlp=4;lo=0;hi=1000",
+    "toca:interval=2,3,5",
+    "toca:interval=3;ratio=0.3;attention=rows",
+    "duca:interval=2,3,4,6",
+    "diffsparse:budget=0.7,0.5,0.35,0.25",
+    "diffsparse:budget=0.5;table=uniform",
+};
+
+const char *sweep_builtin_spec(int index) {
+    return index >= 0 && (size_t)index < sizeof builtin / sizeof builtin[0] ? builtin[index] : NULL;
+}
+
+typedef struct {
+    const char *policy;
+    sweep_range range;
+} main_option;
+
+/* Ranges for searches: from a value that keeps nearly everything to one that few would want. */
+static const main_option main_options[] = {
+    {"interval", {"interval", true, 1, 12}},       {"teacache", {"threshold", false, 0.01, 3}},
+    {"easycache", {"threshold", false, 0.003, 1}}, {"magcache", {"threshold", false, 0.005, 1}},
+    {"spectrum", {"flex", false, 0.05, 6}},        {"worldcache", {"threshold", false, 0.005, 20}},
+    {"fbcache", {"threshold", false, 0.01, 2}},    {"dbcache", {"threshold", false, 0.01, 0.99}},
+    {"deltacache", {"interval", true, 1, 12}},     {"fora", {"interval", true, 1, 12}},
+    {"taylorseer", {"interval", true, 1, 12}},     {"hicache", {"interval", true, 1, 12}},
+    {"speca", {"base", false, 0.01, 10}},          {"pab", {"self", true, 1, 12}},
+    {"toca", {"interval", true, 1, 12}},           {"duca", {"interval", true, 1, 12}},
+    {"diffsparse", {"budget", false, 1, 0.1}},
+};
+
+bool sweep_main_option(const char *policy, sweep_range *out) {
+    for (size_t i = 0; i < sizeof main_options / sizeof main_options[0]; i++) {
+        if (strcmp(main_options[i].policy, policy) != 0) continue;
+        *out = main_options[i].range;
+        return true;
+    }
+    return false;
+}
+
+/* --- lists -------------------------------------------------------------------------------------------------------- */
+
+void sweep_plan_free(sweep_plan *plan) {
+    for (int i = 0; i < plan->num; i++) {
+        sweep_setting *s = &plan->items[i];
+        rf_free(s->policy);
+        rf_free(s->options);
+        rf_free(s->key);
+        rf_policy_destroy(s->object);
+    }
+    rf_free(plan->items);
+    memset(plan, 0, sizeof *plan);
+}
+
+int sweep_plan_find(const sweep_plan *plan, const char *key) {
+    for (int i = 0; i < plan->num; i++) {
+        if (strcmp(plan->items[i].key, key) == 0) return i;
+    }
+    return -1;
+}
+
+static rf_status no_memory(rf_error *err) {
+    return rf_fail(err, RF_ERR_MEMORY, "no memory for the list of settings");
+}
+
+/* "NAME:all options", rf_free. */
+static char *key_of(const char *name, const rf_policy *object) {
+    size_t describe = rf_policy_describe(object, NULL, 0), len = strlen(name);
+    char *key = rf_alloc(len + describe + 2);
+    if (!key) return NULL;
+    memcpy(key, name, len);
+    key[len] = ':';
+    rf_policy_describe(object, key + len + 1, describe + 1);
+    return key;
+}
+
+/* Takes object (NULL for the control, which brings its key). A setting that is there already is dropped. */
+static rf_status append(sweep_plan *plan, const char *name, const char *options, rf_policy *object, const char *key,
+                        int num_steps, rf_error *err) {
+    sweep_setting s = {
+        .policy = rf_strdup(name), .options = rf_strdup(options), .object = object, .num_steps = num_steps};
+    s.key = object ? key_of(name, object) : rf_strdup(key);
+    rf_status st = s.policy && s.options && s.key ? RF_OK : no_memory(err);
+    bool known = st == RF_OK && sweep_plan_find(plan, s.key) >= 0;
+    if (st == RF_OK && !known && plan->num == SWEEP_MAX_SETTINGS)
+        st = rf_fail(err, RF_ERR_ARGUMENT, "more than %d settings", SWEEP_MAX_SETTINGS);
+    if (st == RF_OK && !known && plan->num == plan->room) {
+        int room = plan->room ? 2 * plan->room : 64;
+        sweep_setting *items = rf_realloc(plan->items, (size_t)room * sizeof *items);
+        if (items) {
+            plan->items = items;
+            plan->room = room;
+        } else {
+            st = no_memory(err);
+        }
+    }
+    if (st == RF_OK && !known) {
+        plan->items[plan->num++] = s;
+        return RF_OK;
+    }
+    rf_free(s.policy);
+    rf_free(s.options);
+    rf_free(s.key);
+    rf_policy_destroy(object);
+    return st;
+}
+
+/* --- values ------------------------------------------------------------------------------------------------------- */
+
+/* A piece of a spec; `at` is where it begins, for messages. */
+typedef struct {
+    const char *spec;
+    size_t at, len;
+} piece;
+
+static rf_status bad(const piece *p, rf_error *err, const char *what) {
+    return rf_fail(err, RF_ERR_ARGUMENT, "--policy '%s', character %zu: %s, found '%.*s'", p->spec, p->at + 1, what,
+                   (int)p->len, p->spec + p->at);
+}
+
+typedef struct {
+    char *values[MAX_VALUES];
+    int num;
+} value_list;
+
+static void free_values(value_list *list) {
+    for (int i = 0; i < list->num; i++) rf_free(list->values[i]);
+    list->num = 0;
+}
+
+static rf_status add_value(value_list *list, const piece *p, const char *text, rf_error *err) {
+    for (int i = 0; i < list->num; i++) {
+        if (strcmp(list->values[i], text) == 0) return RF_OK;
+    }
+    if (list->num == MAX_VALUES) return bad(p, err, "expected at most 1000 values of an option");
+    char *copy = rf_strdup(text);
+    if (!copy) return no_memory(err);
+    list->values[list->num++] = copy;
+    return RF_OK;
+}
+
+/* The whole of text is a finite number. */
+static bool read_number(const char *text, size_t len, double *out) {
+    char copy[64], *end = NULL;
+    if (len == 0 || len >= sizeof copy || isspace((unsigned char)text[0])) return false;
+    memcpy(copy, text, len);
+    copy[len] = 0;
+    *out = strtod(copy, &end);
+    return *end == 0 && isfinite(*out);
+}
+
+/* A..B, A..B/N or A..B/Ng as numbers; num 0 = not given. */
+typedef struct {
+    double from, to;
+    int num;
+    bool geometric;
+} number_range;
+
+static rf_status read_range(const piece *p, size_t dots, number_range *out, rf_error *err) {
+    const char *text = p->spec + p->at;
+    const char *slash = memchr(text, '/', p->len);
+    size_t end = slash ? (size_t)(slash - text) : p->len;
+    memset(out, 0, sizeof *out);
+    if (dots + 2 > end || !read_number(text, dots, &out->from) ||
+        !read_number(text + dots + 2, end - dots - 2, &out->to))
+        return bad(p, err, "expected a range A..B/N of numbers");
+    if (slash) {
+        double num;
+        size_t len = p->len - end - 1;
+        out->geometric = len > 1 && slash[len] == 'g';
+        if (!read_number(slash + 1, len - out->geometric, &num) || num != floor(num) || num < 1 || num > MAX_VALUES)
+            return bad(p, err, "expected /N or /Ng with N in 1..1000");
+        out->num = (int)num;
+    }
+    if (out->geometric && !(out->from > 0 && out->to > 0)) return bad(p, err, "a geometric range needs ends above 0");
+    return RF_OK;
+}
+
+static rf_status add_range(value_list *list, const piece *p, size_t dots, bool whole, rf_error *err) {
+    number_range r;
+    rf_status st = read_range(p, dots, &r, err);
+    if (st != RF_OK) return st;
+    if (r.num == 0 && !whole) return bad(p, err, "a range of numbers that are not whole needs /N");
+    if (r.num == 0 && fabs(r.to - r.from) >= MAX_VALUES)
+        return bad(p, err, "expected at most 1000 values of an option");
+    if (r.num == 0) r.num = (int)fabs(r.to - r.from) + 1;
+    for (int i = 0; i < r.num && st == RF_OK; i++) {
+        double x = r.num > 1 ? (double)i / (r.num - 1) : 0;
+        double v = r.geometric ? r.from * pow(r.to / r.from, x) : r.from + (r.to - r.from) * x;
+        char text[64];
+        snprintf(text, sizeof text, whole ? "%.0f" : "%.6g", whole ? nearbyint(v) : v);
+        st = add_value(list, p, text, err);
+    }
+    return st;
+}
+
+static rf_status read_values(value_list *list, const piece *p, rf_option_type type, rf_error *err) {
+    char separator = type == RF_OPTION_TEXT ? '|' : ',';
+    rf_status st = RF_OK;
+    for (size_t at = p->at, end = p->at + p->len; st == RF_OK;) {
+        const char *stop = memchr(p->spec + at, separator, end - at);
+        piece item = {p->spec, at, stop ? (size_t)(stop - p->spec) - at : end - at};
+        size_t dots = 0;
+        while (dots + 1 < item.len && memcmp(p->spec + at + dots, "..", 2) != 0) dots++;
+        bool number = type == RF_OPTION_INT || type == RF_OPTION_DOUBLE;
+        if (item.len == 0) {
+            st = bad(&item, err, "expected a value");
+        } else if (item.len >= VALUE_BYTES) {
+            st = bad(&item, err, "the value is too long");
+        } else if (number && dots + 1 < item.len) {
+            st = add_range(list, &item, dots, type == RF_OPTION_INT, err);
+        } else {
+            char text[VALUE_BYTES];
+            memcpy(text, p->spec + at, item.len);
+            text[item.len] = 0;
+            st = add_value(list, &item, text, err);
+        }
+        if (!stop) break;
+        at += item.len + 1;
+    }
+    return st;
+}
+
+/* --- specs -------------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    const rf_policy_option *option;
+    piece where;
+    value_list values;
+} axis;
+
+typedef struct {
+    const char *spec;
+    const rf_policy_def *def;
+    rf_policy *base; /* all defaults */
+    axis *axes;      /* [RF_POLICY_MAX_OPTIONS] */
+    int num_axes;
+} parsed_spec;
+
+static void free_parsed(parsed_spec *parsed) {
+    for (int i = 0; i < parsed->num_axes; i++) free_values(&parsed->axes[i].values);
+    rf_free(parsed->axes);
+    rf_policy_destroy(parsed->base);
+}
+
+/* Every value is tried on its own, so that a wrong one is found with its place before anything runs. */
+static rf_status check_values(const parsed_spec *parsed, const axis *a, rf_error *err) {
+    rf_policy *copy = rf_policy_clone(parsed->base);
+    rf_status st = copy ? RF_OK : no_memory(err);
+    for (int i = 0; i < a->values.num && st == RF_OK; i++) {
+        st = rf_policy_set_one(copy, a->option->name, a->values.values[i], err);
+    }
+    if (st == RF_ERR_ARGUMENT)
+        st = rf_fail_prefix(err, st, "--policy '%s', character %zu", parsed->spec, a->where.at + 1);
+    rf_policy_destroy(copy);
+    return st;
+}
+
+static rf_status read_axis(parsed_spec *parsed, const piece *p, rf_error *err) {
+    const char *text = p->spec + p->at;
+    const char *equals = memchr(text, '=', p->len);
+    if (!equals || equals == text) return bad(p, err, "expected OPTION=VALUES");
+    size_t name_len = (size_t)(equals - text);
+    char name[64];
+    snprintf(name, sizeof name, "%.*s", (int)name_len, text);
+    const rf_policy_option *option = NULL;
+    for (int i = 0; i < parsed->def->num_options; i++) {
+        if (strcmp(parsed->def->options[i].name, name) == 0) option = &parsed->def->options[i];
+    }
+    if (!option) { /* the policy's own message lists the valid ones */
+        rf_status st = rf_policy_set_one(parsed->base, name, equals + 1, err);
+        if (st == RF_OK) return bad(p, err, "expected an option of the policy");
+        return rf_fail_prefix(err, st, "--policy '%s', character %zu", p->spec, p->at + 1);
+    }
+    for (int i = 0; i < parsed->num_axes; i++) {
+        if (parsed->axes[i].option == option) return bad(p, err, "the option stands twice");
+    }
+    axis *a = &parsed->axes[parsed->num_axes++];
+    *a = (axis){.option = option, .where = {p->spec, p->at + name_len + 1, p->len - name_len - 1}};
+    rf_status st = read_values(&a->values, &a->where, option->type, err);
+    if (st == RF_OK) st = check_values(parsed, a, err);
+    return st;
+}
+
+static rf_status parse_spec(parsed_spec *parsed, const char *spec, rf_error *err) {
+    char name[64];
+    size_t name_len = strcspn(spec, ":");
+    memset(parsed, 0, sizeof *parsed);
+    parsed->spec = spec;
+    piece whole = {spec, 0, name_len};
+    if (name_len == 0 || name_len >= sizeof name) return bad(&whole, err, "expected the name of a policy");
+    memcpy(name, spec, name_len);
+    name[name_len] = 0;
+    rf_status st = rf_policy_create(&parsed->base, name, err);
+    if (st != RF_OK) return rf_fail_prefix(err, st, "--policy '%s'", spec);
+    parsed->def = rf_policy_get_def(parsed->base);
+    parsed->axes = rf_alloc_zero(RF_POLICY_MAX_OPTIONS, sizeof *parsed->axes);
+    if (!parsed->axes) st = no_memory(err);
+    for (size_t at = name_len + 1; st == RF_OK && spec[name_len] == ':';) {
+        piece p = {spec, at, strcspn(spec + at, ";")};
+        st = read_axis(parsed, &p, err);
+        at += p.len;
+        if (!spec[at]) break;
+        at++;
+    }
+    if (st != RF_OK) free_parsed(parsed);
+    return st;
+}
+
+/* The combination that the odometer shows. */
+static rf_status add_combination(sweep_plan *plan, const parsed_spec *parsed, const int *at, rf_error *err) {
+    char options[2048];
+    size_t used = 0;
+    rf_policy *object = rf_policy_clone(parsed->base);
+    rf_status st = object ? RF_OK : no_memory(err);
+    options[0] = 0;
+    for (int i = 0; i < parsed->num_axes && st == RF_OK; i++) {
+        const axis *a = &parsed->axes[i];
+        const char *value = a->values.values[at[i]];
+        st = rf_policy_set_one(object, a->option->name, value, err);
+        int len = snprintf(options + used, sizeof options - used, "%s%s=%s", used ? ";" : "", a->option->name, value);
+        if (len < 0 || (size_t)len >= sizeof options - used) {
+            if (st == RF_OK) st = rf_fail(err, RF_ERR_ARGUMENT, "--policy '%.100s...': too long", parsed->spec);
+        } else {
+            used += (size_t)len;
+        }
+    }
+    if (st != RF_OK) {
+        rf_policy_destroy(object);
+        return st;
+    }
+    return append(plan, parsed->def->name, options, object, NULL, 0, err);
+}
+
+static rf_status add_product(sweep_plan *plan, const parsed_spec *parsed, rf_error *err) {
+    int at[RF_POLICY_MAX_OPTIONS] = {0};
+    for (;;) {
+        rf_status st = add_combination(plan, parsed, at, err);
+        if (st != RF_OK) return st;
+        int i = parsed->num_axes - 1;
+        while (i >= 0 && ++at[i] == parsed->axes[i].values.num) at[i--] = 0;
+        if (i < 0) return RF_OK;
+    }
+}
+
+rf_status sweep_plan_add(sweep_plan *plan, const char *spec, rf_error *err) {
+    if (strcmp(spec, "all") == 0) {
+        for (int i = 0; sweep_builtin_spec(i); i++) {
+            rf_status st = sweep_plan_add(plan, sweep_builtin_spec(i), err);
+            if (st != RF_OK) return st;
+        }
+        return RF_OK;
+    }
+    parsed_spec parsed;
+    rf_status st = parse_spec(&parsed, spec, err);
+    if (st != RF_OK) return st;
+    st = add_product(plan, &parsed, err);
+    free_parsed(&parsed);
+    return st;
+}
+
+/* --- the control -------------------------------------------------------------------------------------------------- */
+
+static rf_status append_steps(sweep_plan *plan, int steps, rf_error *err) {
+    char key[32];
+    snprintf(key, sizeof key, "steps:%d", steps);
+    return append(plan, "steps", "", NULL, key, steps, err);
+}
+
+rf_status sweep_plan_add_steps(sweep_plan *plan, const char *text, int num_steps, rf_error *err) {
+    rf_status st = RF_OK;
+    if (strcmp(text, "auto") == 0) {
+        int most = (int)(.8 * num_steps + .5), least = most < 5 ? 1 : 5;
+        if (most >= num_steps) most = num_steps - 1;
+        for (int i = 0; i < AUTO_STEP_COUNTS && most >= least && st == RF_OK; i++) {
+            double x = (double)i / (AUTO_STEP_COUNTS - 1);
+            st = append_steps(plan, (int)nearbyint(most * pow((double)least / most, x)), err);
+        }
+        return st;
+    }
+    for (const char *p = text; st == RF_OK;) {
+        char *end = NULL;
+        long v = isdigit((unsigned char)*p) ? strtol(p, &end, 10) : 0;
+        if (v < 1 || v >= num_steps || (*end && *end != ','))
+            return rf_fail(err, RF_ERR_ARGUMENT,
+                           "--fewer-steps '%s', character %d: expected auto or numbers 1..%d with commas between", text,
+                           (int)(p - text) + 1, num_steps - 1);
+        st = append_steps(plan, (int)v, err);
+        if (!*end) break;
+        p = end + 1;
+    }
+    return st;
+}
+
+/* --- searches ----------------------------------------------------------------------------------------------------- */
+
+rf_status sweep_plan_add_value(sweep_plan *plan, const sweep_setting *fixed, const char *option, const char *value,
+                               rf_error *err) {
+    char options[2048];
+    int len =
+        snprintf(options, sizeof options, "%s%s%s=%s", fixed->options, fixed->options[0] ? ";" : "", option, value);
+    if (len < 0 || (size_t)len >= sizeof options)
+        return rf_fail(err, RF_ERR_ARGUMENT, "--policy '%.100s...': too long", fixed->options);
+    rf_policy *object = rf_policy_clone(fixed->object);
+    if (!object) return no_memory(err);
+    rf_status st = rf_policy_set_one(object, option, value, err);
+    if (st != RF_OK) {
+        rf_policy_destroy(object);
+        return st;
+    }
+    return append(plan, fixed->policy, options, object, NULL, 0, err);
+}
+
+/* The spec's own range, from mild to aggressive as the built-in one runs (an option without one: as written). */
+static rf_status own_range(const parsed_spec *parsed, int index, sweep_range *range, rf_error *err) {
+    const axis *a = &parsed->axes[index];
+    const char *text = a->where.spec + a->where.at, *dots = strstr(text, "..");
+    number_range r;
+    if (!dots || (size_t)(dots - text) >= a->where.len || memchr(text, ',', a->where.len))
+        return bad(&a->where, err, "a search takes one range A..B");
+    rf_status st = read_range(&a->where, (size_t)(dots - text), &r, err);
+    if (st != RF_OK) return st;
+    sweep_range known;
+    bool falls = sweep_main_option(parsed->def->name, &known) && strcmp(known.option, a->option->name) == 0
+                     ? known.aggressive < known.mild
+                     : r.to < r.from;
+    double low = fmin(r.from, r.to), high = fmax(r.from, r.to);
+    *range = (sweep_range){.option = a->option->name,
+                           .whole = a->option->type == RF_OPTION_INT,
+                           .mild = falls ? high : low,
+                           .aggressive = falls ? low : high};
+    return RF_OK;
+}
+
+/* "a..b" without a count is no list of values; a search only needs its ends, so one is added before parsing. */
+static rf_status with_counts(const char *spec, char **out, rf_error *err) {
+    const char *dots = strstr(spec, "..");
+    size_t len = strlen(spec);
+    char *copy = rf_alloc(len + 3);
+    if (!copy) return no_memory(err);
+    memcpy(copy, spec, len + 1);
+    *out = copy;
+    if (!dots) return RF_OK;
+    size_t end = (size_t)(dots - spec) + strcspn(dots, ";,/");
+    if (spec[end] == '/') return RF_OK;
+    memmove(copy + end + 2, copy + end, len - end + 1);
+    memcpy(copy + end, "/2", 2);
+    return RF_OK;
+}
+
+rf_status sweep_plan_search(const char *spec, sweep_plan *fixed, sweep_range *range, rf_error *err) {
+    parsed_spec parsed = {0};
+    char *text = NULL;
+    int ranged = -1;
+    if (strcmp(spec, "all") == 0)
+        return rf_fail(err, RF_ERR_ARGUMENT, "--policy all: a search with --target-... turns one option of one policy");
+    rf_status st = with_counts(spec, &text, err);
+    if (st == RF_OK) st = parse_spec(&parsed, text, err);
+    if (st != RF_OK) {
+        rf_free(text);
+        return st;
+    }
+    for (int i = 0; i < parsed.num_axes && st == RF_OK; i++) {
+        if (parsed.axes[i].values.num == 1) continue;
+        if (ranged >= 0) st = bad(&parsed.axes[i].where, err, "a search turns one option");
+        ranged = i;
+    }
+    if (st == RF_OK && ranged >= 0) {
+        st = own_range(&parsed, ranged, range, err);
+    } else if (st == RF_OK && !sweep_main_option(parsed.def->name, range)) {
+        st = rf_fail(err, RF_ERR_ARGUMENT, "--policy '%s': name the option to search, as %s:OPTION=A..B", spec,
+                     parsed.def->name);
+    }
+    if (st == RF_OK && ranged >= 0) { /* out of the fixed ones */
+        free_values(&parsed.axes[ranged].values);
+        parsed.axes[ranged] = parsed.axes[--parsed.num_axes];
+    }
+    for (int i = 0; i < parsed.num_axes && st == RF_OK; i++) {
+        if (strcmp(parsed.axes[i].option->name, range->option) == 0)
+            st = bad(&parsed.axes[i].where, err, "this is the option that the search turns; expected a range A..B");
+    }
+    if (st == RF_OK) st = add_product(fixed, &parsed, err);
+    free_parsed(&parsed);
+    rf_free(text);
+    return st;
+}
