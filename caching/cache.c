@@ -48,6 +48,10 @@ static rf_status check_layout(const rf_cache *c, rf_error *err) {
     if (l->tokens.used && part_depth != 1) what = "token rows without part rings of depth 1";
     if (l->probe_blocks < 0 || l->probe_blocks > c->shape.num_blocks) what = "a probe longer than the model";
     if (what != NULL) return rf_fail(err, RF_ERR_STATE, "policy %s asks for %s", c->def->name, what);
+    if (l->never_refreshes && c->options.max_drift > 0)
+        return rf_fail(err, RF_ERR_UNSUPPORTED,
+                       "policy %s computes no full step after the first: there is nothing for a drift guard to check",
+                       c->def->name);
     return RF_OK;
 }
 
@@ -171,6 +175,7 @@ static rf_status take_buffers(rf_cache *c, rf_arena *arena, rf_error *err) {
         {&d->verify[0], "computed state", verify ? hidden : 0, residual},
         {&d->verify[1], "predicted state", verify ? hidden : 0, residual},
         {(void **)&d->signals, "signals", c->signal_floats, 4},
+        {(void **)&d->post_count, "post counter", 1, 4},
         {(void **)&d->reduce_workspace, "reduction workspace", measures ? groups * 256 * 4 : 0, 4},
         {(void **)&d->curvature_workspace, "curvature workspace",
          l->curvature.used ? rf_curvature_workspace_bytes(c->all_groups, s->tokens) : 0, 1},
@@ -212,6 +217,8 @@ static rf_status allocate_device(rf_cache *c, rf_error *err) {
     RF_TRY(rf_backend_alloc_pinned(backend, (void **)&c->staging, (size_t)c->staging_blocks * c->block_bytes, err));
     RF_TRY(rf_backend_alloc_pinned(backend, (void **)&c->history,
                                    (size_t)c->shape.num_steps * c->signal_floats * sizeof(float) + 64, err));
+    c->host_count = (int32_t *)(void *)(c->history + (size_t)c->shape.num_steps * c->signal_floats);
+    *c->host_count = 0;
     memset(c->staging, 0, (size_t)c->staging_blocks * c->block_bytes);
     RF_TRY(rf_stream_zero(c->stream, c->memory, c->memory_bytes, err));
     int32_t *numbers = (int32_t *)(void *)c->staging;
@@ -359,7 +366,7 @@ rf_status rf_cache_begin(rf_cache *c, rf_error *err) {
     memset(c->kinds, RF_STEP_FULL, batch * (size_t)c->shape.num_steps);
     c->counts = (rf_cache_counts){.images = c->shape.batch, .steps = 0, .bytes = c->memory_bytes};
     c->staging_next = 0;
-    c->last_valid = c->unread = c->measured = c->head_in = false;
+    c->last_valid = c->unread = c->unread_copy = c->measured = c->head_in = c->posted = false;
     c->num_groups = 0;
     c->step = -1;
     return RF_OK;
@@ -382,7 +389,7 @@ static const float *history_of(const rf_cache *c, int signal, int step) {
 }
 
 static rf_status download(rf_cache *c, int record, size_t num_floats, rf_error *err) {
-    c->unread = true;
+    c->unread = c->unread_copy = true;
     return rf_stream_download(c->stream, history_at(c, record), c->d.signals, num_floats * sizeof(float), err);
 }
 
@@ -407,15 +414,35 @@ static void read_signals(rf_cache *c, int image) {
     }
 }
 
+/* Posts are seen as soon as they arrive; a copy, or a device that does not answer, is waited for with the stream (which also
+ * says what went wrong). */
+static rf_status wait_for_signals(rf_cache *c, rf_error *err) {
+    double give_up = now_ms() + 2000;
+    for (int spins = 1; !c->unread_copy; spins++) {
+        if (__atomic_load_n(c->host_count, __ATOMIC_ACQUIRE) == c->num_posts) return RF_OK;
+        if (spins % 4096 == 0 && now_ms() > give_up) break;
+    }
+    return rf_stream_synchronize(c->stream, err);
+}
+
 static rf_status read_back(rf_cache *c, rf_error *err) {
     c->waited = c->unread;
     if (c->unread) {
-        RF_TRY(rf_stream_synchronize(c->stream, err));
-        c->unread = false;
+        RF_TRY(wait_for_signals(c, err));
+        c->unread = c->unread_copy = false;
         c->counts.read_backs++;
     }
     for (int i = 0; i < (int)c->shape.batch; i++) read_signals(c, i);
     return RF_OK;
+}
+
+bool rf_cache_wants_post(const rf_cache *c, const rf_cache_group *group, bool next_head) {
+    return c->reads && (next_head || (group != NULL && group->plan->kind != RF_STEP_SKIP));
+}
+
+void rf_cache_posted(rf_cache *c) {
+    c->num_posts++;
+    c->unread = c->posted = true;
 }
 
 bool rf_cache_wants_head(const rf_cache *c, bool *modulated) {
@@ -640,7 +667,7 @@ rf_status rf_cache_plan_probe(rf_cache *c, int group, int *first, int *num, rf_e
     rf_cache_group *probed = &c->groups[group];
     const int *members = members_of(c, group);
     for (int m = 0; m < probed->num; m++) mark(c, members[m], RF_SIGNAL_PROBE);
-    RF_TRY(download(c, c->step, c->signal_floats, err));
+    c->posted = false; /* the probe's launch has posted; what follows measures more */
     RF_TRY(read_back(c, err));
     double begin = now_ms();
     *first = c->num_groups;
@@ -785,11 +812,11 @@ rf_status rf_cache_group_done(rf_cache *c, int group, rf_error *err) {
 }
 
 rf_status rf_cache_end_step(rf_cache *c, bool next_head, rf_error *err) {
-    bool measured = c->measured || next_head;
+    bool on_its_way = c->posted || !(c->measured || next_head);
     c->counts.steps++;
-    c->measured = false;
+    c->measured = c->posted = false;
     c->head_in = next_head;
-    return measured && c->reads ? download(c, c->step, c->signal_floats, err) : RF_OK;
+    return !on_its_way && c->reads ? download(c, c->step, c->signal_floats, err) : RF_OK;
 }
 
 rf_status rf_cache_end(rf_cache *c, rf_error *err) {

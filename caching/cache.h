@@ -71,6 +71,12 @@ rf_status rf_cache_plan(rf_cache *cache, int step, int *num_groups, rf_error *er
 /* Has the latest plan (or probe) waited for the device? Then nothing is queued behind the host. */
 bool rf_cache_just_waited(const rf_cache *cache);
 const rf_cache_group *rf_cache_group_at(const rf_cache *cache, int group);
+/* Signals of a launch to the host, by its last kernel: does this launch (of a group or none, with the next step's start or without)
+ * measure anything that somebody reads? step: the device's counter; advanced: it has moved on to the next step already. After
+ * a launch that posts: rf_cache_posted. */
+bool rf_cache_wants_post(const rf_cache *cache, const rf_cache_group *group, bool next_head);
+rf_status rf_cache_post(rf_cache *cache, rf_stream *stream, const int32_t *step, bool advanced, rf_error *err);
+void rf_cache_posted(rf_cache *cache);
 rf_status rf_cache_plan_probe(rf_cache *cache, int group, int *first, int *num, rf_error *err);
 /* Queues the upload of what group's work reads. Before the (captured or direct) work of the group, never inside a capture. */
 rf_status rf_cache_upload(rf_cache *cache, int group, rf_error *err);

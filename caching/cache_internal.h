@@ -42,6 +42,7 @@ typedef struct {
     void *scratch[2];                                     /* [G, N, max(D, O)] f32 */
     void *verify[2];                                      /* [G, N, D] residual dtype, packed */
     float *signals;                                       /* [RF_SIGNAL_COUNT][G][4], then drift [G][horizon] */
+    int32_t *post_count;                                  /* [1] */
     float *reduce_workspace;
     float *curvature_workspace, *kappa;
     uint8_t *row_class;                                   /* [G, N] */
@@ -97,7 +98,11 @@ struct rf_cache {
     bool last_valid;
     float *history; /* page-locked [num_steps][signal floats] */
     size_t signal_floats;
-    bool measured, unread; /* something to download; downloads not waited for */
+    int32_t *host_count;   /* page-locked: posts that have arrived */
+    int32_t num_posts;     /* that have been queued */
+    bool measured, unread; /* something to download; downloads or posts not waited for */
+    bool unread_copy;      /* among them a copy */
+    bool posted;           /* this step's signals are on their way */
     bool waited;           /* the latest plan read signals back */
     bool head_in;          /* the signals at the start of the next step came with the last download */
     void *states;

@@ -99,6 +99,18 @@ rf_status rf_cache_head(rf_cache *c, rf_stream *stream, const void *modulated, r
     return RF_OK;
 }
 
+rf_status rf_cache_post(rf_cache *c, rf_stream *stream, const int32_t *step, bool advanced, rf_error *err) {
+    rf_post_args args = {.src = c->d.signals,
+                         .num = (int64_t)c->signal_floats,
+                         .stride = (int64_t)c->signal_floats,
+                         .host = c->history,
+                         .step = step,
+                         .step_offset = advanced ? -1 : 0,
+                         .count = c->d.post_count,
+                         .host_count = c->host_count};
+    return c->ops->post(stream, &args, err);
+}
+
 /* --- spans ------------------------------------------------------------------------------------------------------------- */
 
 rf_status rf_cache_span_enter(rf_cache *c, rf_stream *stream, const rf_cache_group *g, int span, const void *x,
@@ -296,6 +308,7 @@ static rf_status select_kind(rf_cache *c, rf_stream *stream, const rf_cache_grou
                                  .age_weight = c->layout.tokens.age_weight,
                                  .bonus = c->layout.tokens.bonus,
                                  .random = c->layout.tokens.random,
+                                 .groups_per_branch = c->shape.batch,
                                  .seed = c->layout.tokens.seed + (uint64_t)kind,
                                  .step = c->on_device.counts ? c->on_device.counts + c->num_sites : NULL,
                                  .workspace = c->d.select_workspace,

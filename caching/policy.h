@@ -143,6 +143,7 @@ typedef struct {
         int cell;
     } tokens;
 
+    bool never_refreshes; /* nothing is stored after the first full steps, so no prediction is ever checked: no drift guard */
     bool is_static; /* plan never reads a signal: no decision cost, no read-back */
     void *tables;   /* rf_alloc'ed by setup, freed by the runtime with rf_free; policies' own schedule */
 } rf_cache_layout;

@@ -1105,7 +1105,7 @@ typedef struct {
  * are small enough to start at once, and the host launches the rest while they run. */
 typedef struct {
     const rf_cache_group *group;
-    bool tail, head, split;
+    bool tail, head, split, post;
 } launch_kind;
 
 static rf_status queue_piece(rf_dit_session *s, const launch_kind *kind, int piece, group_walk *walk,
@@ -1117,7 +1117,8 @@ static rf_status queue_piece(rf_dit_session *s, const launch_kind *kind, int pie
     if (walks) RF_TRY(end_group(s, walk, err));
     if (kind->group && !walks) RF_TRY(rf_cache_output_produce(s->cache, s->stream, kind->group, s->b.out, err));
     if (kind->tail) RF_TRY(in->tail(in->user, err));
-    return kind->head ? walk_head(s, s->stream, in->latent, in->in_scale, in->in_scale_stride, err) : RF_OK;
+    if (kind->head) RF_TRY(walk_head(s, s->stream, in->latent, in->in_scale, in->in_scale_stride, err));
+    return kind->post ? rf_cache_post(s->cache, s->stream, s->b.step, kind->tail, err) : RF_OK;
 }
 
 static rf_status remember(rf_dit_session *s, const struct captured *captured, rf_error *err) {
@@ -1149,7 +1150,7 @@ static rf_status capture(rf_dit_session *s, const launch_kind *kind, struct capt
  * it is one or two graphs. */
 static rf_status launch(rf_dit_session *s, const launch_kind *kind, const step_input *in, rf_error *err) {
     uint64_t key = kind->group ? kind->group->key : 0;
-    key = (key ^ (uint64_t)(1 + kind->tail + 2 * kind->head + 4 * kind->split)) * 0x9e3779b97f4a7c15ull;
+    key = (key ^ (uint64_t)(1 + kind->tail + 2 * kind->head + 4 * kind->split + 8 * kind->post)) * 0x9e3779b97f4a7c15ull;
     for (int i = 0; i < s->num_graphs; i++) {
         if (s->graphs[i].key != key) continue;
         RF_TRY(rf_graph_launch(s->graphs[i].graphs[0], s->stream, err));
@@ -1179,8 +1180,11 @@ static rf_status run_group(rf_dit_session *s, int index, bool only, const step_i
     /* signals of the next step: not behind the last step, and not where the modulation table is about to change */
     kind.head = only && s->step + 1 < s->num_steps && s->steps_per_chunk >= s->num_steps &&
                 rf_cache_wants_head(s->cache, &modulated);
+    /* a probe is read at once; other groups post if nothing else runs in their step */
+    kind.post = (only || kind.group->plan->kind == RF_STEP_PROBE) && rf_cache_wants_post(s->cache, kind.group, kind.head);
     RF_TRY(rf_cache_upload(s->cache, index, err));
     RF_TRY(launch(s, &kind, in, err));
+    if (kind.post) rf_cache_posted(s->cache);
     if (kind.head) s->head_step = s->step + 1;
     return rf_cache_group_done(s->cache, index, err);
 }

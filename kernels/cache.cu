@@ -338,3 +338,24 @@ extern "C" rf_status rf_row_merge_cuda(rf_stream *stream, const rf_row_merge_arg
     return args->dtype == RF_DTYPE_F32 ? launch_merge_table<rf_bf16, float>(stream, *args, err)
                                        : launch_merge_table<rf_bf16, rf_bf16>(stream, *args, err);
 }
+
+/* --- post --------------------------------------------------------------------------------------------------------- */
+
+static __global__ void __launch_bounds__(256) post_kernel(const __grid_constant__ rf_post_args p) {
+    rf_wait_for_previous();
+    float *to = p.host + (int64_t)(*p.step + p.step_offset) * p.stride;
+    for (int64_t i = threadIdx.x; i < p.num; i += 256) to[i] = p.src[i];
+    __threadfence_system();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        const int32_t count = ++*p.count;
+        *(volatile int32_t *)p.host_count = count;
+        __threadfence_system();
+    }
+}
+
+extern "C" rf_status rf_post_cuda(rf_stream *stream, const rf_post_args *args, rf_error *err) {
+    rf_status status = stream ? rf_post_check_run(args, err) : rf_post_check(args, err);
+    if (status != RF_OK || !stream) return status;
+    return rf_launch_early(stream, "post", err, post_kernel, dim3(1), dim3(256), 0, *args);
+}

@@ -91,7 +91,7 @@ size_t rf_curvature_workspace_bytes(int64_t all_groups, int64_t rows);
  * highest of   score = s1 + age_weight * age / tokens,   after which every cell x cell square of the grid adds bonus * (its
  * largest score) to the row that has it (ties: the lower row). Ties of the final score: the lower row wins. Lists ascend.
  * Then age = 0 for chosen rows, else age + 1. With random = true score is a counter-based uniform number of (seed, step, site,
- * group, row) instead (a control).
+ * branch, row) instead (a control).
  *   s1        f32 [num_sites][all groups, tokens];   age f32, same shape, read and written
  *   counts    device int32 [num_sites]: rows to choose, 0..tokens
  *   index     device int32 [groups]: state group of packed group g, NULL = identity
@@ -113,7 +113,8 @@ typedef struct {
     float age_weight, bonus;
     bool random;
     uint64_t seed;
-    const int32_t *step; /* device step counter, for random */
+    int64_t groups_per_branch; /* random: counts branches (state group / this), so that an image's rows do not depend on its batch */
+    const int32_t *step;       /* device step counter, for random */
     float *workspace;    /* f32 [num_sites * groups * tokens] */
     size_t workspace_bytes;
 } rf_token_select_args;
@@ -135,6 +136,19 @@ typedef struct {
     rf_modulation mod;
     int64_t gate_a, gate_b;
 } rf_row_merge_args;
+
+/* Signals to the host without a copy engine: host[(*step + step_offset) * stride + i] = src[i] for i < num; then *count += 1, and when
+ * all of that can be seen by the host, *host_count = *count. host and host_count are page-locked host memory
+ * (rf_backend_alloc_pinned), which the device writes directly; who waits for *host_count need not wait for the stream. */
+typedef struct {
+    const float *src;
+    int64_t num, stride;
+    float *host;
+    const int32_t *step;
+    int32_t step_offset;
+    int32_t *count; /* device */
+    int32_t *host_count;
+} rf_post_args;
 
 /* How much attention every key row received, or how small its value is: s1 above, for one attention part of a full step.
  *   ATTENTION  sum over heads and queries of exp(softmax_scale * q.k_i - lse_q): column sums of the attention map without the map

@@ -95,3 +95,12 @@ rf_status rf_row_merge_cpu(rf_stream *stream, const rf_row_merge_args *a, rf_err
     }
     return RF_OK;
 }
+
+rf_status rf_post_cpu(rf_stream *stream, const rf_post_args *a, rf_error *err) {
+    RF_TRY(stream ? rf_post_check_run(a, err) : rf_post_check(a, err));
+    if (!stream) return RF_OK;
+    rf_stream_note_launch(stream, "post");
+    memcpy(a->host + (*a->step + a->step_offset) * a->stride, a->src, (size_t)a->num * sizeof(float));
+    *a->host_count = ++*a->count;
+    return RF_OK;
+}

@@ -716,6 +716,23 @@ rf_status rf_sampler_step_check_run(const rf_sampler_step_args *a, rf_error *err
     return pointer(op, "step", a->step, err);
 }
 
+rf_status rf_post_check(const rf_post_args *a, rf_error *err) {
+    if (a->num < 0 || a->stride < a->num)
+        return rf_fail(err, RF_ERR_SHAPE, "post: %lld numbers with a stride of %lld", (long long)a->num,
+                       (long long)a->stride);
+    return RF_OK;
+}
+
+rf_status rf_post_check_run(const rf_post_args *a, rf_error *err) {
+    const char *op = "post";
+    TRY(rf_post_check(a, err));
+    TRY(pointer(op, "src", a->src, err));
+    TRY(pointer(op, "host", a->host, err));
+    TRY(pointer(op, "step", a->step, err));
+    TRY(pointer(op, "count", a->count, err));
+    return pointer(op, "host_count", a->host_count, err);
+}
+
 rf_status rf_step_advance_check(const rf_step_advance_args *a, rf_error *err) {
     const char *op = "step_advance";
     TRY(given(op, a, err));

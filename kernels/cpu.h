@@ -149,6 +149,7 @@ rf_status rf_reduce_pair_cpu(rf_stream *stream, const rf_reduce_pair_args *args,
 rf_status rf_group_copy_cpu(rf_stream *stream, const rf_group_copy_args *args, rf_error *err);
 rf_status rf_combine_cpu(rf_stream *stream, const rf_combine_args *args, rf_error *err);
 rf_status rf_curvature_cpu(rf_stream *stream, const rf_curvature_args *args, rf_error *err);
+rf_status rf_post_cpu(rf_stream *stream, const rf_post_args *args, rf_error *err);
 rf_status rf_row_merge_cpu(rf_stream *stream, const rf_row_merge_args *args, rf_error *err);
 rf_status rf_token_select_cpu(rf_stream *stream, const rf_token_select_args *args, rf_error *err);
 rf_status rf_row_score_cpu(rf_stream *stream, const rf_row_score_args *args, rf_error *err);

@@ -27,6 +27,7 @@ static const rf_ops cpu_table = {
     .group_copy = rf_group_copy_cpu,
     .combine = rf_combine_cpu,
     .curvature = rf_curvature_cpu,
+    .post = rf_post_cpu,
     .row_merge = rf_row_merge_cpu,
     .token_select = rf_token_select_cpu,
     .row_score = rf_row_score_cpu,

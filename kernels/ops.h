@@ -56,6 +56,7 @@ typedef struct {
     rf_status (*group_copy)(rf_stream *, const rf_group_copy_args *, rf_error *);
     rf_status (*combine)(rf_stream *, const rf_combine_args *, rf_error *);
     rf_status (*curvature)(rf_stream *, const rf_curvature_args *, rf_error *);
+    rf_status (*post)(rf_stream *, const rf_post_args *, rf_error *);
     rf_status (*row_merge)(rf_stream *, const rf_row_merge_args *, rf_error *);
     rf_status (*token_select)(rf_stream *, const rf_token_select_args *, rf_error *);
     rf_status (*row_score)(rf_stream *, const rf_row_score_args *, rf_error *);

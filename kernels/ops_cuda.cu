@@ -23,6 +23,7 @@ static const rf_ops cuda_table = {
     rf_group_copy_cuda,
     rf_combine_cuda,
     rf_curvature_cuda,
+    rf_post_cuda,
     rf_row_merge_cuda,
     rf_token_select_cuda,
     rf_row_score_cuda,

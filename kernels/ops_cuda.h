@@ -44,6 +44,7 @@ rf_status rf_reduce_pair_cuda(rf_stream *stream, const rf_reduce_pair_args *args
 rf_status rf_group_copy_cuda(rf_stream *stream, const rf_group_copy_args *args, rf_error *err);
 rf_status rf_combine_cuda(rf_stream *stream, const rf_combine_args *args, rf_error *err);
 rf_status rf_curvature_cuda(rf_stream *stream, const rf_curvature_args *args, rf_error *err);
+rf_status rf_post_cuda(rf_stream *stream, const rf_post_args *args, rf_error *err);
 rf_status rf_row_merge_cuda(rf_stream *stream, const rf_row_merge_args *args, rf_error *err);
 rf_status rf_token_select_cuda(rf_stream *stream, const rf_token_select_args *args, rf_error *err);
 rf_status rf_row_score_cuda(rf_stream *stream, const rf_row_score_args *args, rf_error *err);

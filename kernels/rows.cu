@@ -16,6 +16,7 @@ template <class Word, bool SCATTER>
 static __global__ void __launch_bounds__(ROWS * 32)
     rows_kernel(const Word *src, Word *dst, const int32_t *rows, int64_t num_rows, int64_t words, int64_t src_words,
                 int64_t dst_words) {
+    rf_wait_for_previous();
     const int lane = threadIdx.x & 31;
     const int64_t stride = (int64_t)gridDim.x * ROWS;
     for (int64_t i = (int64_t)blockIdx.x * ROWS + (threadIdx.x >> 5); i < num_rows; i += stride) {
@@ -34,7 +35,7 @@ static rf_status launch(rf_stream *stream, const rf_rows_args *args, bool scatte
     };
     const int64_t src_ld = args->src_ld ? args->src_ld : args->cols, dst_ld = args->dst_ld ? args->dst_ld : args->cols;
     const dim3 grid(rf_blocks_for(args->num_rows, ROWS));
-    return rf_launch(stream, scatter ? "scatter_rows" : "gather_rows", err,
+    return rf_launch_early(stream, scatter ? "scatter_rows" : "gather_rows", err,
                      scatter ? rows_kernel<Word, true> : rows_kernel<Word, false>, grid, dim3(ROWS * 32), 0,
                      (const Word *)args->src, (Word *)args->dst, args->rows, args->num_rows, words(args->cols),
                      words(src_ld), words(dst_ld));

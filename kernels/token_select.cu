@@ -1,5 +1,5 @@
 /* kernels/token_select.cu - which token rows a partial step computes: scores, cell bonus, the count highest, ages.
- * Maths    score = s1 + age_weight * age / tokens, or a word of Philox4x32-10 with counter (row, state group, site, step),
+ * Maths    score = s1 + age_weight * age / tokens, or a word of Philox4x32-10 with counter (row, branch, site, step),
  *          without age and bonus; the largest of a cell gains bonus * itself. A NaN score counts as +inf. The lowest
  *          chosen score by radix select; of rows with that score the lower ones.
  * Launch   a block per site and group, 256 threads up to 1024 tokens, else 512; one launch for all. Scores live in shared
@@ -82,7 +82,7 @@ static __global__ void __launch_bounds__(MAX_THREADS) select_kernel(const __grid
 
     const uint32_t step = p.random ? (uint32_t)*p.step : 0u;
     for (int t = threadIdx.x; t < tokens; t += blockDim.x) {
-        const float s = p.random ? random_score(p.seed, (uint32_t)t, (uint32_t)group, (uint32_t)site, step)
+        const float s = p.random ? random_score(p.seed, (uint32_t)t, (uint32_t)(group / p.groups_per_branch), (uint32_t)site, step)
                                  : p.s1[at + t] + p.age_weight * age[t] / (float)tokens;
         score[t] = isnan(s) ? __int_as_float(0x7f800000) : s;
     }

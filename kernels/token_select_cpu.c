@@ -1,6 +1,6 @@
 /* kernels/token_select_cpu.c
  * Maths    scores, cell bonus and the count highest rows of every site and group; see cache.h. A NaN score counts as +inf. A
- *          random score is a word of Philox4x32-10 with counter (row, state group, site, step), without age and bonus.
+ *          random score is a word of Philox4x32-10 with counter (row, branch, site, step), without age and bonus.
  * Tasks    one site and group each. */
 #include "core/rng.h"
 #include "kernels/cache_checks.h"
@@ -28,6 +28,7 @@ rf_status rf_token_select_check(const rf_token_select_args *a, rf_error *err) {
     RF_TRY(rf_check_size(op, "cell", a->cell, 0, MAX_TOKENS, err));
     RF_TRY(rf_check_value(op, "age_weight", a->age_weight, -1e30f, 1e30f, err));
     RF_TRY(rf_check_value(op, "bonus", a->bonus, 0, 1e30f, err));
+    if (a->random) RF_TRY(rf_check_size(op, "groups_per_branch", a->groups_per_branch, 1, INT32_MAX, err));
     if (a->cell == 0 || a->bonus == 0) return RF_OK;
     RF_TRY(rf_check_size(op, "frames", a->frames, 1, MAX_TOKENS, err));
     RF_TRY(rf_check_size(op, "grid_h", a->grid_h, 1, MAX_TOKENS, err));
@@ -84,7 +85,7 @@ static void select_rows(const rf_token_select_args *a, int64_t site, int64_t pac
     float *score = a->workspace + (site * a->groups + packed) * tokens;
     float *age = a->age + at;
     for (int64_t t = 0; t < tokens; t++) {
-        float s = a->random ? random_score(a, site, group, t) : a->s1[at + t] + a->age_weight * age[t] / (float)tokens;
+        float s = a->random ? random_score(a, site, group / a->groups_per_branch, t) : a->s1[at + t] + a->age_weight * age[t] / (float)tokens;
         score[t] = isnan(s) ? INFINITY : s;
     }
     if (!a->random && a->cell > 0 && a->bonus != 0) add_cell_bonus(a, score);

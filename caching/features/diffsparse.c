@@ -219,6 +219,16 @@ static rf_status fill_table(const rf_policy *policy, const rf_cache_shape *shape
                                      : fill_file(policy, name, shape, table, err);
 }
 
+/* Is any step after the first computed in full? */
+static bool has_refresh(const uint8_t *table, const rf_cache_shape *shape) {
+    for (int step = 1; step < shape->num_steps; step++) {
+        int block = 0;
+        while (block < shape->num_blocks && table[step * shape->num_blocks + block] == LEVELS - 1) block++;
+        if (block == shape->num_blocks) return true;
+    }
+    return false;
+}
+
 static rf_status setup(const rf_policy *policy, const rf_cache_shape *shape, rf_cache_layout *layout, rf_error *err) {
     size_t items = (size_t)shape->num_steps * (size_t)shape->num_blocks;
     uint8_t *table = rf_alloc(items);
@@ -231,6 +241,7 @@ static rf_status setup(const rf_policy *policy, const rf_cache_shape *shape, rf_
     layout->tables = table;
     layout->is_static = true;
     rf_schedule_keep_parts(shape, layout, 1);
+    layout->never_refreshes = !has_refresh(table, shape);
     bool any = false;
     for (size_t i = 0; i < items; i++) any |= (int64_t)table[i] * shape->tokens / 4 > 0 && table[i] < LEVELS - 1;
     if (!any) return RF_OK;

@@ -246,7 +246,7 @@ static bool same_bits(const result *a, const result *b) {
     return memcmp(a->latents, b->latents, sizeof(float) * (size_t)(a->batch * LATENT)) == 0;
 }
 
-/* --- 1: every option of every policy ------------------------------------------------------------------------------ */
+/* --- every option of every policy --------------------------------------------------------------------------------- */
 
 typedef enum {
     BY_TRACE,   /* decisions differ */
@@ -648,7 +648,7 @@ START_TEST(steps_compute_what_their_options_say) {
 }
 END_TEST
 
-/* --- 2: settings that never reuse --------------------------------------------------------------------------------- */
+/* --- settings that never reuse ------------------------------------------------------------------------------------ */
 
 typedef struct {
     const char *policy, *options;
@@ -713,7 +713,7 @@ START_TEST(never_reusing_is_no_policy) {
 }
 END_TEST
 
-/* --- 3, 4: batches and repeated runs ------------------------------------------------------------------------------ */
+/* --- batches and repeated runs ------------------------------------------------------------------------------------ */
 
 /* Settings at which something happens; of statistic: images of a batch are free to differ. */
 typedef struct {
@@ -829,7 +829,7 @@ START_TEST(a_second_run_of_a_session_is_the_first) {
 }
 END_TEST
 
-/* --- 5: replay ---------------------------------------------------------------------------------------------------- */
+/* --- replay ------------------------------------------------------------------------------------------------------- */
 
 static void write_trace(const result *r, const char *path) {
     FILE *f = fopen(path, "w");
@@ -874,7 +874,7 @@ START_TEST(a_replay_gives_the_recorded_bits) {
 }
 END_TEST
 
-/* --- 6: the drift guard ------------------------------------------------------------------------------------------- */
+/* --- the drift guard ---------------------------------------------------------------------------------------------- */
 
 START_TEST(the_drift_guard_forces_full_steps) {
     engine e = engine_open();
@@ -1052,7 +1052,7 @@ START_TEST(drift_is_the_distance_of_outputs) {
 }
 END_TEST
 
-/* --- 7: memory ---------------------------------------------------------------------------------------------------- */
+/* --- memory ------------------------------------------------------------------------------------------------------- */
 
 static const setting small_settings[] = {
     {"worldcache", ""},
@@ -1081,7 +1081,9 @@ START_TEST(small_policies_keep_at_most_four_hidden_states) {
             rf_assert_ok(make_policy(&policy, &j, &d.err), d.err);
             rf_image_options o = options_of(&j, policy);
             rf_assert_ok(rf_image_session_create(&s, model, &o, &d.err), d.err);
-            size_t bytes = rf_image_session_get_info(s).cache.bytes, most = 4 * hidden * 2 * (size_t)batch;
+            /* lists, weights and counters come on top of rings: a little under 1 KiB a branch here */
+            size_t bytes = rf_image_session_get_info(s).cache.bytes, branches = 2 * (size_t)batch;
+            size_t most = (4 * hidden + 1024) * branches;
             ck_assert_msg(bytes > 0 && bytes <= most,
                           "%s %s, batch %d: %zu bytes, expected at most 4 hidden states of 2 branches, %zu", j.policy,
                           j.options, batch, bytes, most);
@@ -1093,7 +1095,7 @@ START_TEST(small_policies_keep_at_most_four_hidden_states) {
 }
 END_TEST
 
-/* --- 8: refusals -------------------------------------------------------------------------------------------------- */
+/* --- refusals ----------------------------------------------------------------------------------------------------- */
 
 static rf_status try_session(engine *e, const job *j) {
     rf_policy *policy = NULL;
@@ -1159,7 +1161,8 @@ START_TEST(wrong_options_are_refused_by_name) {
         {"diffsparse", "table=" RF_FIXTURE_DIR "/nothing.json", "nothing.json", RF_ERR_MISSING, 1, 0},
         {"replay", "", "file is not set", RF_ERR_ARGUMENT, 1, 0},
         {"replay", "file=" RF_FIXTURE_DIR "/nothing.jsonl", "nothing.jsonl", RF_ERR_MISSING, 1, 0},
-        {"diffsparse", "table=uniform", "one picture at a time", RF_ERR_UNSUPPORTED, 2, 0.5},
+        {"diffsparse", "table=uniform,first=3", "one picture at a time", RF_ERR_UNSUPPORTED, 2, 0.5},
+        {"diffsparse", "table=uniform", "nothing for a drift guard", RF_ERR_UNSUPPORTED, 1, 0.5},
     };
     engine e = engine_open();
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
@@ -1209,7 +1212,7 @@ START_TEST(a_trace_needs_a_session_that_records) {
 }
 END_TEST
 
-/* --- 9: allocations that fail ------------------------------------------------------------------------------------- */
+/* --- allocations that fail ---------------------------------------------------------------------------------------- */
 
 static rf_status drop_line(void *user, const char *json, rf_error *err) {
     (void)user;
@@ -1296,8 +1299,9 @@ static bool device_runs_the_fixture(void) {
     rf_image_session_destroy(s);
     rf_image_model_close(model);
     rf_backend_close(backend);
-    if (st != RF_OK) printf("skipped: dit-tiny does not run on %s: %s\n", name, err.message);
-    return st == RF_OK;
+    if (st != RF_ERR_UNSUPPORTED && st != RF_ERR_DEVICE) return true; /* whatever else is wrong, the tests say it */
+    printf("skipped: dit-tiny does not run on %s: %s\n", name, err.message);
+    return false;
 }
 
 #define LOOP(tc, test, table) tcase_add_loop_test(tc, test, 0, (int)(sizeof(table) / sizeof *(table)))

@@ -473,7 +473,8 @@ static void pick_expect(pick *t, const operand *old_age, const char *what) {
                 const float age = old_age->host[at + (size_t)r];
                 score[r] = t->s1.host[at + (size_t)r] + a->age_weight * age / (float)tokens;
                 if (a->random) {
-                    const uint32_t counter[4] = {(uint32_t)r, (uint32_t)g, (uint32_t)s, (uint32_t)step};
+                    const uint32_t counter[4] = {(uint32_t)r, (uint32_t)(g / a->groups_per_branch), (uint32_t)s,
+                                                 (uint32_t)step};
                     const uint32_t key[2] = {(uint32_t)a->seed, (uint32_t)(a->seed >> 32)};
                     uint32_t words[4];
                     rf_philox4x32(counter, key, words);
@@ -585,6 +586,7 @@ START_TEST(random_rows_follow_seed_and_step) {
         t.counts[0] = t.counts[1] = 100;
         t.a.counts = dev_i32(t.counts, 2);
         t.a.random = true;
+        t.a.groups_per_branch = 2; /* groups 0 and 1 choose the same rows, 2 and 3 others */
         t.a.seed = run == 3 ? 8 : 7 + ((uint64_t)1 << 40);
         t.a.step = dev_i32(&steps[run == 2], 1);
         t.a.s1 = NULL; /* not read */
@@ -845,7 +847,8 @@ START_TEST(bad_token_select_arguments_are_refused) {
     NO(a.counts = NULL, RF_ERR_ARGUMENT);
     NO(a.rows_packed = NULL, RF_ERR_ARGUMENT);
     NO(a.rows_state = NULL, RF_ERR_ARGUMENT);
-    NO(a.random = true, RF_ERR_ARGUMENT); /* no step */
+    NO(a.random = true; a.groups_per_branch = 1, RF_ERR_ARGUMENT); /* no step */
+    NO(a.random = true, RF_ERR_SHAPE);                             /* no groups_per_branch */
     NO(a.workspace_bytes -= 4, RF_ERR_WORKSPACE);
 #undef NO
     expect_status(test_ops()->token_select(NULL, NULL, &err), RF_ERR_ARGUMENT);
