@@ -2,11 +2,12 @@
  * Maths    column sums of the attention map, or 1 - |v|, per head; summed over heads and divided by the L2 norm over the rows
  *          of a group; see cache.h.
  * Sums     over queries in double, in order; over heads in double, in order.
- * Tasks    64 key rows of a head each, then one group each. */
+ * Tasks    64 key rows of a head each, a GEMM for every 64 queries; then one group each. */
 #include "kernels/cache_checks.h"
 #include "kernels/cpu.h"
 
-#define KEYS 64
+#define KEYS    64
+#define QUERIES 64 /* at once */
 
 /* ---- checks ---- */
 
@@ -52,13 +53,6 @@ rf_status rf_row_score_check_run(const rf_row_score_args *a, rf_error *err) {
 
 /* ---- one head ---- */
 
-RF_HOT static float dot(const float *x, const float *y, int64_t num) {
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < num; i++) sum += x[i] * y[i];
-    return sum;
-}
-
 RF_HOT static void add_exp(double *sum, const float *s, int64_t num, float lse) {
     for (int64_t i = 0; i < num; i++) sum[i] += (double)rf_exp(s[i] - lse);
 }
@@ -70,12 +64,13 @@ static void attention_keys(const rf_row_score_args *a, int64_t group, int64_t he
     const float *q = (const float *)a->q + base, *k = (const float *)a->k + base;
     const float *lse = a->lse + (group * a->num_heads + head) * a->rows;
     double sum[KEYS] = {0};
-    float s[KEYS];
-    for (int64_t i = 0; i < a->rows; i++) {
-        if (lse[i] == -INFINITY) continue; /* a query that saw no key */
-        for (int64_t j = first; j < end; j++)
-            s[j - first] = a->softmax_scale * dot(q + i * a->row_stride, k + j * a->row_stride, a->head_dim);
-        add_exp(sum, s, end - first, lse[i]);
+    float s[QUERIES * KEYS];
+    for (int64_t i0 = 0; i0 < a->rows; i0 += QUERIES) {
+        int64_t num = rf_min64(QUERIES, a->rows - i0);
+        rf_cpu_sgemm(num, end - first, a->head_dim, a->softmax_scale, q + i0 * a->row_stride, a->row_stride,
+                     k + first * a->row_stride, a->row_stride, true, 0.0f, s, KEYS);
+        for (int64_t i = 0; i < num; i++) /* a query that saw no key adds nothing */
+            if (lse[i0 + i] != -INFINITY) add_exp(sum, s + i * KEYS, end - first, lse[i0 + i]);
     }
     for (int64_t j = first; j < end; j++) part[j] = (float)sum[j - first];
 }
@@ -99,6 +94,7 @@ rf_status rf_row_score_cpu(rf_stream *stream, const rf_row_score_args *a, rf_err
     if (!stream || a->groups == 0 || a->rows == 0) return RF_OK;
     rf_stream_note_launch(stream, "row_score");
     const int64_t tiles = rf_div_up(a->rows, KEYS);
+    rf_cpu_blas_single_thread();
 #pragma omp parallel for num_threads(rf_cpu_threads(stream)) schedule(static)
     for (int64_t task = 0; task < a->groups * a->num_heads * tiles; task++) {
         int64_t tile = task % tiles, head = task / tiles % a->num_heads, group = task / tiles / a->num_heads;

@@ -72,6 +72,7 @@ static __device__ __forceinline__ void rf_select(rf_selection<NUM> &s, int num, 
                 const uint32_t other = __shfl_up_sync(0xffffffffu, end, step);
                 if (lane >= step) end += other;
             }
+            __syncwarp(); /* every lane has read the rank */
             uint32_t begin = end - own, digit = 0, equal = 0;
             const bool mine = rank >= begin && rank < end;
 #pragma unroll
