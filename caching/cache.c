@@ -39,7 +39,8 @@ static rf_status check_layout(const rf_cache *c, rf_error *err) {
         if (span_depth != 0 && s->depth != span_depth) what = "spans of different depths";
         span_depth = s->depth;
     }
-    if (span_depth < 0 || span_depth > RF_CACHE_MAX_TERMS || l->output_depth < 0 || l->output_depth > RF_CACHE_MAX_TERMS)
+    if (span_depth < 0 || span_depth > RF_CACHE_MAX_TERMS || l->output_depth < 0 ||
+        l->output_depth > RF_CACHE_MAX_TERMS)
         what = "a ring deeper than 64";
     if (l->curvature.used && (l->output_depth != 3 || l->output_delta || l->num_classes != RF_CACHE_MAX_CLASSES ||
                               l->curvature.horizon < 0 || l->curvature.horizon > RF_CACHE_MAX_HORIZON))
@@ -89,9 +90,10 @@ static rf_status map_sites(rf_cache *c, rf_error *err) {
                            "policy %s: token rows need blocks of one self-attention and one MLP each", c->def->name);
     }
     if (c->layout.tokens.attention_rows && c->options.max_drift > 0 && s->batch > 1)
-        return rf_fail(err, RF_ERR_UNSUPPORTED,
-                       "policy %s: the drift guard with renewed attention rows works on one picture at a time (--batch 1)",
-                       c->def->name);
+        return rf_fail(
+            err, RF_ERR_UNSUPPORTED,
+            "policy %s: the drift guard with renewed attention rows works on one picture at a time (--batch 1)",
+            c->def->name);
     return RF_OK;
 }
 
@@ -185,13 +187,16 @@ static rf_status take_buffers(rf_cache *c, rf_arena *arena, rf_error *err) {
         {(void **)&d->ages, "row ages", rows * token_sites, 4},
         {(void **)&d->select_workspace, "selection workspace", rows * token_sites, 4},
         {(void **)&d->score_workspace, "score workspace",
-         l->tokens.used && !l->tokens.random ? rf_row_score_workspace_bytes(c->all_groups, s->tokens, c->dtypes.num_heads) : 0, 1},
+         l->tokens.used && !l->tokens.random
+             ? rf_row_score_workspace_bytes(c->all_groups, s->tokens, c->dtypes.num_heads)
+             : 0,
+         1},
         {(void **)&d->lse, "log-sum-exp", lse ? rows * (size_t)c->dtypes.num_heads : 0, 4},
         {(void **)&d->rows_packed, "row lists", rows * token_sites, 4},
         {(void **)&d->rows_state, "row lists in state", rows * token_sites, 4},
         {(void **)&d->place, "row places", rows * token_sites, 4},
-        {&d->qkv, "queries, keys, values",
-         l->tokens.attention_rows ? 3 * hidden * (size_t)c->num_attention : 0, feature},
+        {&d->qkv, "queries, keys, values", l->tokens.attention_rows ? 3 * hidden * (size_t)c->num_attention : 0,
+         feature},
     };
     for (size_t i = 0; i < sizeof list / sizeof *list; i++) {
         *list[i].slot = NULL;
@@ -517,9 +522,10 @@ static uint64_t hash_bytes(uint64_t h, const void *data, size_t bytes) {
 
 static uint64_t key_of(const rf_cache *c, const rf_cache_group *g) {
     const rf_step_plan *p = g->plan;
-    int fields[] = {(int)p->kind, (int)p->produce, p->span, p->verify,   p->use_verified,
-                    g->num,       g->identity,     g->resumed, g->has_history, g->measures_drift,
-                    g->reuses,    c->part_depth > 0 ? g->slot : 0};
+    int fields[] = {(int)p->kind,      (int)p->produce, p->span,
+                    p->verify,         p->use_verified, g->num,
+                    g->identity,       g->resumed,      g->has_history,
+                    g->measures_drift, g->reuses,       c->part_depth > 0 ? g->slot : 0};
     size_t parts = (size_t)c->shape.num_blocks * (size_t)c->shape.num_parts;
     uint64_t h = hash_bytes(0xcbf29ce484222325ull, fields, sizeof fields);
     if (p->kind == RF_STEP_FULL || p->kind == RF_STEP_PROBE || p->produce == RF_PRODUCE_OUTPUT) return h;
@@ -599,7 +605,8 @@ static rf_status check_plan(const rf_cache *c, const rf_step_plan *p, int image,
         (p->num_terms < 1 || c->images[image].num_stored < 1))
         what = "a prediction without history";
     if (p->num_terms > c->num_slots || p->num_terms > c->images[image].num_stored) what = "more terms than snapshots";
-    for (int i = 0; i < c->shape.num_blocks * c->shape.num_parts && what == NULL && p->produce != RF_PRODUCE_OUTPUT; i++) {
+    for (int i = 0; i < c->shape.num_blocks * c->shape.num_parts && what == NULL && p->produce != RF_PRODUCE_OUTPUT;
+         i++) {
         if (p->parts[i] == RF_DO_COMPUTE || c->shape.part_kinds[i] == RF_CACHE_NO_PART) continue;
         if (c->site_of[i] < 0) what = "a part from no ring";
         if (p->parts[i] == RF_DO_ROWS && (!l->tokens.used || p->rows[i] < 1 || p->rows[i] >= c->shape.tokens))
@@ -637,8 +644,8 @@ rf_status rf_cache_plan(rf_cache *c, int step, int *num_groups, rf_error *err) {
     for (int i = 0; i < batch; i++) {
         image_state *im = &c->images[i];
         size_t at = plan_index(c, step, i);
-        im->force = wants && c->options.max_drift > 0 && step > 0 &&
-                    im->signal_steps[RF_SIGNAL_DRIFT] == step - 1 && !(drift_of(c, im) <= c->options.max_drift);
+        im->force = wants && c->options.max_drift > 0 && step > 0 && im->signal_steps[RF_SIGNAL_DRIFT] == step - 1 &&
+                    !(drift_of(c, im) <= c->options.max_drift);
         rf_step_ctx ctx = context_of(c, i);
         rf_step_plan *plan = &c->plans[at];
         reset_plan(c, plan);

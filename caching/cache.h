@@ -20,8 +20,10 @@ extern "C" {
 typedef struct rf_cache rf_cache;
 
 typedef struct {
-    double max_drift; /* > 0: a refresh whose prediction is off by more than this (relative L2) forces the next step FULL */
-    bool record;      /* for a trace: predictions are checked at every refresh, and all that is measured is kept on the host */
+    /* > 0: a refresh whose prediction is off by more than this (relative L2) forces the next step FULL */
+    double max_drift;
+    /* for a trace: predictions are checked at every refresh, and all that is measured is kept on the host */
+    bool record;
 } rf_cache_options;
 
 typedef struct {
@@ -47,18 +49,18 @@ const rf_policy *rf_cache_get_policy(const rf_cache *cache);
 rf_status rf_cache_begin(rf_cache *cache, rf_error *err);
 
 typedef struct {
-    int num;                   /* images */
-    int groups;                /* branches * num */
-    bool identity;             /* all images, in order */
-    bool resumed;              /* split off from a probed group: starts with rf_cache_probe_resume after the probe's blocks */
-    bool has_history;          /* something has been stored: refresh signals can be measured */
-    bool measures_drift;       /* FULL: the plan says what it would have predicted */
-    bool reuses;               /* the prediction is one snapshot of weight 1 */
-    const int32_t *index;      /* device [groups]: state group of packed group g; NULL if identity */
-    const int32_t *samples;    /* device [num]: image of packed image i; NULL if identity */
+    int num;             /* images */
+    int groups;          /* branches * num */
+    bool identity;       /* all images, in order */
+    bool resumed;        /* split off from a probed group: starts with rf_cache_probe_resume after the probe's blocks */
+    bool has_history;    /* something has been stored: refresh signals can be measured */
+    bool measures_drift; /* FULL: the plan says what it would have predicted */
+    bool reuses;         /* the prediction is one snapshot of weight 1 */
+    const int32_t *index;   /* device [groups]: state group of packed group g; NULL if identity */
+    const int32_t *samples; /* device [num]: image of packed image i; NULL if identity */
     const rf_step_plan *plan;
-    int slot;                  /* part ring slot that a store writes, -1 if it differs from image to image */
-    uint64_t key;              /* equal keys: the same kernels with the same arguments may be replayed */
+    int slot;     /* part ring slot that a store writes, -1 if it differs from image to image */
+    uint64_t key; /* equal keys: the same kernels with the same arguments may be replayed */
 } rf_cache_group;
 
 /* --- per step, host side ------------------------------------------------------------------------------------------------- */
@@ -105,16 +107,17 @@ rf_status rf_cache_span_produce(rf_cache *cache, rf_stream *stream, const rf_cac
 
 /* Probe. begin: x before block 0. end: x after the probe's blocks; measures, and keeps x by image. resume: x of a group split off.
  * A FULL plan after a probe also stores the probe's residual. */
-rf_status rf_cache_probe_begin(rf_cache *cache, rf_stream *stream, const rf_cache_group *g, const void *x, rf_error *err);
+rf_status rf_cache_probe_begin(rf_cache *cache, rf_stream *stream, const rf_cache_group *g, const void *x,
+                               rf_error *err);
 rf_status rf_cache_probe_end(rf_cache *cache, rf_stream *stream, const rf_cache_group *g, const void *x, rf_error *err);
 rf_status rf_cache_probe_resume(rf_cache *cache, rf_stream *stream, const rf_cache_group *g, void *x, rf_error *err);
 
 /* Parts. before: called before a part is computed in full; *y_dst is where its output should go if it can go straight into
  * the ring, else left alone. after: y computed (y == *y_dst: nothing to copy). terms: makes a residual's terms the prediction. */
-rf_status rf_cache_part_before(rf_cache *cache, rf_stream *stream, const rf_cache_group *g, int block, int part, void **y_dst,
-                               rf_error *err);
-rf_status rf_cache_part_after(rf_cache *cache, rf_stream *stream, const rf_cache_group *g, int block, int part, const void *y,
-                              rf_error *err);
+rf_status rf_cache_part_before(rf_cache *cache, rf_stream *stream, const rf_cache_group *g, int block, int part,
+                               void **y_dst, rf_error *err);
+rf_status rf_cache_part_after(rf_cache *cache, rf_stream *stream, const rf_cache_group *g, int block, int part,
+                              const void *y, rf_error *err);
 void rf_cache_part_terms(const rf_cache *cache, const rf_cache_group *g, int block, int part, rf_residual_args *args);
 
 /* Token rows. With renewed attention rows a block chooses once, for its attention and its MLP. select: once per PARTIAL step with rows, before block 0. rows: the chosen rows of a part. scatter: packed chosen
@@ -123,12 +126,12 @@ void rf_cache_part_terms(const rf_cache *cache, const rf_cache_group *g, int blo
 rf_status rf_cache_select(rf_cache *cache, rf_stream *stream, const rf_cache_group *g, rf_error *err);
 typedef struct {
     const int32_t *packed, *state; /* device [groups * count] row numbers in packed x, in state */
-    const int32_t *place;          /* device [groups * N]: a packed row's number in these lists, -1 if it is not chosen */
-    int64_t count;                 /* of one group */
+    const int32_t *place; /* device [groups * N]: a packed row's number in these lists, -1 if it is not chosen */
+    int64_t count;        /* of one group */
 } rf_cache_rows;
 rf_cache_rows rf_cache_rows_of(const rf_cache *cache, const rf_cache_group *g, int block, int part);
-rf_status rf_cache_scatter(rf_cache *cache, rf_stream *stream, const rf_cache_group *g, int block, int part, const void *y,
-                           rf_error *err);
+rf_status rf_cache_scatter(rf_cache *cache, rf_stream *stream, const rf_cache_group *g, int block, int part,
+                           const void *y, rf_error *err);
 /* The ring of a part, depth 1: [G, N, D]. */
 void *rf_cache_part_ring(rf_cache *cache, int block, int part);
 void *rf_cache_qkv(rf_cache *cache, int block);
@@ -143,24 +146,26 @@ rf_status rf_cache_score(rf_cache *cache, rf_stream *stream, const rf_cache_grou
 /* Verification (SpeCa): x computed by the last block, and x predicted. keep: copies x; measure: against the kept one. */
 rf_status rf_cache_verify_keep(rf_cache *cache, rf_stream *stream, const rf_cache_group *g, int which, const void *x,
                                rf_error *err);
-rf_status rf_cache_verify_load(rf_cache *cache, rf_stream *stream, const rf_cache_group *g, int which, void *x, rf_error *err);
+rf_status rf_cache_verify_load(rf_cache *cache, rf_stream *stream, const rf_cache_group *g, int which, void *x,
+                               rf_error *err);
 rf_status rf_cache_verify_measure(rf_cache *cache, rf_stream *stream, const rf_cache_group *g, rf_error *err);
 
 /* The model's output. computed: packed [groups, N, O] f32, copied to out (unless out is packed itself) and stored if the plan
  * stores. produce: out of the group's images is predicted. out [G, N, O] f32. */
 rf_status rf_cache_output_computed(rf_cache *cache, rf_stream *stream, const rf_cache_group *g, const float *packed,
                                    float *out, rf_error *err);
-rf_status rf_cache_output_produce(rf_cache *cache, rf_stream *stream, const rf_cache_group *g, float *out, rf_error *err);
+rf_status rf_cache_output_produce(rf_cache *cache, rf_stream *stream, const rf_cache_group *g, float *out,
+                                  rf_error *err);
 
 /* --- what happened --------------------------------------------------------------------------------------------------------- */
 
 typedef struct {
-    int64_t images, steps;                              /* image-steps are images * steps */
-    int64_t steps_full, steps_partial, steps_skipped;   /* image-steps */
-    int64_t blocks_computed, blocks_total;              /* block-steps of images; computed: all its parts on all rows */
-    int64_t rows_computed, rows_total;                  /* token rows through parts */
-    size_t bytes;                                       /* device memory of the cache */
-    double decide_ms; /* host time of planning, without waiting for the device; signals are the device's and are not in it */
+    int64_t images, steps;                            /* image-steps are images * steps */
+    int64_t steps_full, steps_partial, steps_skipped; /* image-steps */
+    int64_t blocks_computed, blocks_total;            /* block-steps of images; computed: all its parts on all rows */
+    int64_t rows_computed, rows_total;                /* token rows through parts */
+    size_t bytes;                                     /* device memory of the cache */
+    double decide_ms; /* host time of planning; neither waiting for the device nor its measuring is in it */
     int64_t read_backs;
 } rf_cache_counts;
 rf_cache_counts rf_cache_get_counts(const rf_cache *cache); /* of the last run */

@@ -21,35 +21,35 @@ typedef struct {
     int32_t *write_span, *write_part;
     int32_t *newest_span; /* [G] slot * G + state group of the newest snapshot */
     /* by state group */
-    int32_t *ages;    /* [G][3] slots of the three newest outputs after this step's store */
-    float *gaps;      /* [G][2] */
-    float *weights;   /* [G][classes][slots] by slot */
-    int32_t *counts;  /* [num_blocks * num_parts]: token rows, sites of one kind side by side */
+    int32_t *ages;   /* [G][3] slots of the three newest outputs after this step's store */
+    float *gaps;     /* [G][2] */
+    float *weights;  /* [G][classes][slots] by slot */
+    int32_t *counts; /* [num_blocks * num_parts]: token rows, sites of one kind side by side */
 } block_view;
 
 /* Device memory of the session. G state groups, N tokens, D width, O outputs. */
 typedef struct {
     char *block;
-    int32_t *identity;                                    /* [G] 0, 1, 2, ... */
-    float *input, *input_prev, *input_ref;                /* [B, N, in_cols] */
-    void *modulated_prev;                                 /* [G, N, D] feature dtype */
-    float *output_ring, *output_ref;                      /* [depth][G, N, O], [G, N, O] */
-    void *span_ring[RF_CACHE_MAX_SPANS];                  /* [depth][G, N, D] feature dtype */
-    void *span_in[RF_CACHE_MAX_SPANS];                    /* [G, N, D] residual dtype, packed */
-    void *part_ring;                                      /* [sites][depth][G, N, D] feature dtype */
-    void *probe_in, *probe_x;                             /* [G, N, D] residual dtype: packed, by state */
-    void *probe_now, *probe_ref;                          /* [G, N, D] feature dtype, by state */
-    void *scratch[2];                                     /* [G, N, max(D, O)] f32 */
-    void *verify[2];                                      /* [G, N, D] residual dtype, packed */
-    float *signals;                                       /* [RF_SIGNAL_COUNT][G][4], then drift [G][horizon] */
-    int32_t *post_count;                                  /* [1] */
+    int32_t *identity;                     /* [G] 0, 1, 2, ... */
+    float *input, *input_prev, *input_ref; /* [B, N, in_cols] */
+    void *modulated_prev;                  /* [G, N, D] feature dtype */
+    float *output_ring, *output_ref;       /* [depth][G, N, O], [G, N, O] */
+    void *span_ring[RF_CACHE_MAX_SPANS];   /* [depth][G, N, D] feature dtype */
+    void *span_in[RF_CACHE_MAX_SPANS];     /* [G, N, D] residual dtype, packed */
+    void *part_ring;                       /* [sites][depth][G, N, D] feature dtype */
+    void *probe_in, *probe_x;              /* [G, N, D] residual dtype: packed, by state */
+    void *probe_now, *probe_ref;           /* [G, N, D] feature dtype, by state */
+    void *scratch[2];                      /* [G, N, max(D, O)] f32 */
+    void *verify[2];                       /* [G, N, D] residual dtype, packed */
+    float *signals;                        /* [RF_SIGNAL_COUNT][G][4], then drift [G][horizon] */
+    int32_t *post_count;                   /* [1] */
     float *reduce_workspace;
     float *curvature_workspace, *kappa;
-    uint8_t *row_class;                                   /* [G, N] */
+    uint8_t *row_class;                                            /* [G, N] */
     float *row_scores, *ages, *select_workspace, *score_workspace; /* [attention parts][G, N]; [sites][G, N] */
     float *lse;
-    int32_t *rows_packed, *rows_state, *place;            /* [sites][G * N] */
-    void *qkv;                                            /* [blocks with attention][G, N, 3, H, d] */
+    int32_t *rows_packed, *rows_state, *place; /* [sites][G * N] */
+    void *qkv;                                 /* [blocks with attention][G, N, 3, H, d] */
 } device_buffers;
 
 /* One image's side of a run. */
@@ -75,14 +75,15 @@ struct rf_cache {
 
     int all_groups; /* G */
     int num_sites;  /* parts that have a ring */
-    int *site_of;   /* [num_blocks * num_parts]: ring of a part, -1 none; sites of one kind side by side, in order of blocks */
+    int *
+        site_of; /* [num_blocks * num_parts]: ring of a part, -1 none; sites of one kind side by side, in order of blocks */
     int first_site[RF_CACHE_NUM_KINDS], kind_sites[RF_CACHE_NUM_KINDS];
     int *attention_of; /* [num_blocks]: which attention part, -1 none */
     int num_attention;
-    int part_depth, last_part; /* depth of part rings; index of the last part of all (drift guard), -1 */
-    int num_slots, num_classes;  /* of the weights */
-    uint32_t signals;            /* measured */
-    bool reads;                  /* somebody looks at them on the host */
+    int part_depth, last_part;  /* depth of part rings; index of the last part of all (drift guard), -1 */
+    int num_slots, num_classes; /* of the weights */
+    uint32_t signals;           /* measured */
+    bool reads;                 /* somebody looks at them on the host */
     int horizon;
 
     void *memory;

@@ -92,8 +92,7 @@ rf_status rf_cache_head(rf_cache *c, rf_stream *stream, const void *modulated, r
         rf_reduce_pair_args pair = pair_args(c, c->all_groups, s->width, modulated, dtype, c->d.modulated_prev, dtype,
                                              RF_SIGNAL_MODULATED_STEP);
         RF_TRY(c->ops->reduce_pair(stream, &pair, err));
-        rf_group_copy_args copy =
-            copy_args(c, c->all_groups, s->width, modulated, dtype, c->d.modulated_prev, dtype);
+        rf_group_copy_args copy = copy_args(c, c->all_groups, s->width, modulated, dtype, c->d.modulated_prev, dtype);
         RF_TRY(c->ops->group_copy(stream, &copy, err));
     }
     return RF_OK;
@@ -129,7 +128,8 @@ rf_status rf_cache_span_leave(rf_cache *c, rf_stream *stream, const rf_cache_gro
     int64_t width = c->shape.width;
     rf_dtype dtype = c->dtypes.feature_dtype, residual = c->dtypes.residual_dtype;
     bool drift = g->measures_drift && (g->plan->produce == RF_PRODUCE_SPAN ? g->plan->span == span : span == 0);
-    bool refresh = span == 0 && g->has_history && (measures(c, RF_SIGNAL_SPAN_REFRESH) || measures(c, RF_SIGNAL_SPAN_NORMS));
+    bool refresh =
+        span == 0 && g->has_history && (measures(c, RF_SIGNAL_SPAN_REFRESH) || measures(c, RF_SIGNAL_SPAN_NORMS));
     const void *value = x, *minus = spec->delta ? c->d.span_in[span] : NULL;
     rf_dtype value_dtype = residual;
     if ((drift || refresh) && spec->delta) { /* the new value itself is needed more than once */
@@ -142,8 +142,8 @@ rf_status rf_cache_span_leave(rf_cache *c, rf_stream *stream, const rf_cache_gro
         minus = NULL;
     }
     if (drift) {
-        rf_combine_args predict = predict_args(c, g, c->d.span_ring[span], dtype, spec->depth, width, c->d.scratch[1],
-                                               RF_DTYPE_F32);
+        rf_combine_args predict =
+            predict_args(c, g, c->d.span_ring[span], dtype, spec->depth, width, c->d.scratch[1], RF_DTYPE_F32);
         RF_TRY(c->ops->combine(stream, &predict, err));
         rf_reduce_pair_args pair =
             pair_args(c, g->groups, width, c->d.scratch[1], RF_DTYPE_F32, value, value_dtype, RF_SIGNAL_DRIFT);
@@ -153,8 +153,7 @@ rf_status rf_cache_span_leave(rf_cache *c, rf_stream *stream, const rf_cache_gro
     for (int norms = 0; norms < 2 && refresh; norms++) {
         rf_signal signal = norms ? RF_SIGNAL_SPAN_NORMS : RF_SIGNAL_SPAN_REFRESH;
         if (!measures(c, signal)) continue;
-        rf_reduce_pair_args pair =
-            pair_args(c, g->groups, width, value, value_dtype, c->d.span_ring[0], dtype, signal);
+        rf_reduce_pair_args pair = pair_args(c, g->groups, width, value, value_dtype, c->d.span_ring[0], dtype, signal);
         pair.kind = norms ? RF_REDUCE_ROW_NORMS : RF_REDUCE_PLAIN;
         pair.b_index = c->on_device.newest_span;
         pair.out_index = index_of(c, g);
@@ -171,8 +170,8 @@ rf_status rf_cache_span_produce(rf_cache *c, rf_stream *stream, const rf_cache_g
                                 rf_error *err) {
     const rf_cache_span *spec = &c->layout.spans[span];
     rf_dtype residual = c->dtypes.residual_dtype;
-    rf_combine_args predict = predict_args(c, g, c->d.span_ring[span], c->dtypes.feature_dtype, spec->depth,
-                                           c->shape.width, x, residual);
+    rf_combine_args predict =
+        predict_args(c, g, c->d.span_ring[span], c->dtypes.feature_dtype, spec->depth, c->shape.width, x, residual);
     if (spec->delta) {
         predict.base = x;
         predict.base_cols = c->shape.width;
@@ -191,8 +190,8 @@ rf_status rf_cache_probe_begin(rf_cache *c, rf_stream *stream, const rf_cache_gr
 rf_status rf_cache_probe_end(rf_cache *c, rf_stream *stream, const rf_cache_group *g, const void *x, rf_error *err) {
     rf_dtype dtype = c->dtypes.feature_dtype, residual = c->dtypes.residual_dtype;
     bool full = g->plan->kind == RF_STEP_FULL;
-    rf_group_copy_args copy = copy_args(c, g->groups, c->shape.width, x, residual,
-                                        full ? c->d.probe_ref : c->d.probe_now, dtype);
+    rf_group_copy_args copy =
+        copy_args(c, g->groups, c->shape.width, x, residual, full ? c->d.probe_ref : c->d.probe_now, dtype);
     copy.b = c->d.probe_in;
     copy.b_dtype = residual;
     copy.dst_index = index_of(c, g);
@@ -239,8 +238,8 @@ static bool part_drift(const rf_cache *c, const rf_cache_group *g, int block, in
            block * c->shape.num_parts + part == c->last_part;
 }
 
-rf_status rf_cache_part_before(rf_cache *c, rf_stream *stream, const rf_cache_group *g, int block, int part, void **y_dst,
-                               rf_error *err) {
+rf_status rf_cache_part_before(rf_cache *c, rf_stream *stream, const rf_cache_group *g, int block, int part,
+                               void **y_dst, rf_error *err) {
     if (!stores_part(c, g, block, part)) return RF_OK;
     if (part_drift(c, g, block, part)) {
         rf_combine_args predict = predict_args(c, g, site_ring(c, site(c, block, part), 0), c->dtypes.feature_dtype,
@@ -251,8 +250,8 @@ rf_status rf_cache_part_before(rf_cache *c, rf_stream *stream, const rf_cache_gr
     return RF_OK;
 }
 
-rf_status rf_cache_part_after(rf_cache *c, rf_stream *stream, const rf_cache_group *g, int block, int part, const void *y,
-                              rf_error *err) {
+rf_status rf_cache_part_after(rf_cache *c, rf_stream *stream, const rf_cache_group *g, int block, int part,
+                              const void *y, rf_error *err) {
     if (!stores_part(c, g, block, part)) return RF_OK;
     rf_dtype dtype = c->dtypes.feature_dtype;
     if (part_drift(c, g, block, part)) {
@@ -386,26 +385,27 @@ rf_status rf_cache_score(rf_cache *c, rf_stream *stream, const rf_cache_group *g
     const rf_cache_shape *s = &c->shape;
     size_t elem = rf_dtype_bytes(c->dtypes.feature_dtype), width = (size_t)s->width;
     const char *q = qkv;
-    rf_row_score_args args = {.kind = c->layout.tokens.value_score ? RF_ROW_SCORE_VALUE : RF_ROW_SCORE_ATTENTION,
-                              .q = q,
-                              .k = q ? q + width * elem : NULL,
-                              .v = q ? q + 2 * width * elem : NULL,
-                              .dtype = c->dtypes.feature_dtype,
-                              .groups = g->groups,
-                              .rows = s->tokens,
-                              .num_heads = c->dtypes.num_heads,
-                              .head_dim = c->dtypes.head_dim,
-                              .batch_stride = 3 * s->width * s->tokens,
-                              .row_stride = 3 * s->width,
-                              .head_stride = c->dtypes.head_dim,
-                              .softmax_scale = c->dtypes.softmax_scale,
-                              .lse = c->d.lse,
-                              .out = c->d.row_scores ? c->d.row_scores + (size_t)c->attention_of[block] *
-                                                                             (size_t)c->all_groups * (size_t)s->tokens
-                                                     : NULL,
-                              .index = index_of(c, g),
-                              .workspace = (float *)c->d.score_workspace,
-                              .workspace_bytes = rf_row_score_workspace_bytes(c->all_groups, s->tokens, c->dtypes.num_heads)};
+    rf_row_score_args args = {
+        .kind = c->layout.tokens.value_score ? RF_ROW_SCORE_VALUE : RF_ROW_SCORE_ATTENTION,
+        .q = q,
+        .k = q ? q + width * elem : NULL,
+        .v = q ? q + 2 * width * elem : NULL,
+        .dtype = c->dtypes.feature_dtype,
+        .groups = g->groups,
+        .rows = s->tokens,
+        .num_heads = c->dtypes.num_heads,
+        .head_dim = c->dtypes.head_dim,
+        .batch_stride = 3 * s->width * s->tokens,
+        .row_stride = 3 * s->width,
+        .head_stride = c->dtypes.head_dim,
+        .softmax_scale = c->dtypes.softmax_scale,
+        .lse = c->d.lse,
+        .out = c->d.row_scores
+                   ? c->d.row_scores + (size_t)c->attention_of[block] * (size_t)c->all_groups * (size_t)s->tokens
+                   : NULL,
+        .index = index_of(c, g),
+        .workspace = (float *)c->d.score_workspace,
+        .workspace_bytes = rf_row_score_workspace_bytes(c->all_groups, s->tokens, c->dtypes.num_heads)};
     return c->ops->row_score(stream, &args, err);
 }
 
@@ -418,7 +418,8 @@ rf_status rf_cache_verify_keep(rf_cache *c, rf_stream *stream, const rf_cache_gr
     return c->ops->group_copy(stream, &copy, err);
 }
 
-rf_status rf_cache_verify_load(rf_cache *c, rf_stream *stream, const rf_cache_group *g, int which, void *x, rf_error *err) {
+rf_status rf_cache_verify_load(rf_cache *c, rf_stream *stream, const rf_cache_group *g, int which, void *x,
+                               rf_error *err) {
     rf_dtype dtype = c->dtypes.residual_dtype;
     rf_group_copy_args copy = copy_args(c, g->groups, c->shape.width, c->d.verify[which], dtype, x, dtype);
     return c->ops->group_copy(stream, &copy, err);
@@ -437,8 +438,8 @@ rf_status rf_cache_verify_measure(rf_cache *c, rf_stream *stream, const rf_cache
 
 static rf_combine_args predict_output(const rf_cache *c, const rf_cache_group *g, float *dst) {
     const rf_cache_shape *s = &c->shape;
-    rf_combine_args predict = predict_args(c, g, c->d.output_ring, RF_DTYPE_F32, c->layout.output_depth, s->out_cols,
-                                           dst, RF_DTYPE_F32);
+    rf_combine_args predict =
+        predict_args(c, g, c->d.output_ring, RF_DTYPE_F32, c->layout.output_depth, s->out_cols, dst, RF_DTYPE_F32);
     if (c->layout.output_delta) {
         predict.base = c->d.input;
         predict.base_cols = predict.base_ld = s->in_cols;
@@ -455,7 +456,8 @@ static rf_status measure_output(rf_cache *c, rf_stream *stream, const rf_cache_g
     if (g->measures_drift && g->plan->produce == RF_PRODUCE_OUTPUT) {
         rf_combine_args predict = predict_output(c, g, c->d.scratch[0]);
         RF_TRY(c->ops->combine(stream, &predict, err));
-        pair = pair_args(c, g->groups, s->pred_cols, c->d.scratch[0], RF_DTYPE_F32, packed, RF_DTYPE_F32, RF_SIGNAL_DRIFT);
+        pair =
+            pair_args(c, g->groups, s->pred_cols, c->d.scratch[0], RF_DTYPE_F32, packed, RF_DTYPE_F32, RF_SIGNAL_DRIFT);
         pair.a_ld = pair.b_ld = s->out_cols;
         pair.out_index = index_of(c, g);
         RF_TRY(c->ops->reduce_pair(stream, &pair, err));
@@ -535,7 +537,8 @@ rf_status rf_cache_output_computed(rf_cache *c, rf_stream *stream, const rf_cach
     if (g->plan->kind != RF_STEP_FULL) return RF_OK;
     RF_TRY(measure_output(c, stream, g, packed, err));
     if (c->layout.output_depth == 0) return RF_OK;
-    rf_group_copy_args store = copy_args(c, g->groups, s->out_cols, packed, RF_DTYPE_F32, c->d.output_ring, RF_DTYPE_F32);
+    rf_group_copy_args store =
+        copy_args(c, g->groups, s->out_cols, packed, RF_DTYPE_F32, c->d.output_ring, RF_DTYPE_F32);
     store.dst_index = c->on_device.write_output;
     if (c->layout.output_delta) {
         store.b = c->d.input;

@@ -23,8 +23,7 @@ static const rf_policy_def *const policies[] = {
     &rf_policy_interval, &rf_policy_teacache,   &rf_policy_easycache,  &rf_policy_magcache, &rf_policy_spectrum,
     &rf_policy_adacache, &rf_policy_worldcache, &rf_policy_fbcache,    &rf_policy_dbcache,  &rf_policy_deltacache,
     &rf_policy_fora,     &rf_policy_taylorseer, &rf_policy_hicache,    &rf_policy_speca,    &rf_policy_pab,
-    &rf_policy_toca,     &rf_policy_duca,       &rf_policy_diffsparse, &rf_policy_replay,
-    &rf_policy_measure,
+    &rf_policy_toca,     &rf_policy_duca,       &rf_policy_diffsparse, &rf_policy_replay,   &rf_policy_measure,
 };
 
 typedef struct {

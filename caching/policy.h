@@ -27,10 +27,10 @@
 extern "C" {
 #endif
 
-#define RF_CACHE_MAX_TERMS   64 /* snapshots of one ring */
-#define RF_CACHE_MAX_CLASSES 3
-#define RF_CACHE_MAX_HORIZON 16
-#define RF_CACHE_MAX_SPANS   2
+#define RF_CACHE_MAX_TERMS    64 /* snapshots of one ring */
+#define RF_CACHE_MAX_CLASSES  3
+#define RF_CACHE_MAX_HORIZON  16
+#define RF_CACHE_MAX_SPANS    2
 #define RF_POLICY_MAX_OPTIONS 24
 
 /* --- options -------------------------------------------------------------------------------------------------------- */
@@ -50,7 +50,7 @@ typedef struct rf_policy rf_policy; /* a policy with its option values: plain da
 
 /* Names near to a wrong one are suggested. */
 rf_status rf_policy_create(rf_policy **out, const char *name, rf_error *err);
-void rf_policy_destroy(rf_policy *policy); /* NULL is a no-op */
+void rf_policy_destroy(rf_policy *policy);           /* NULL is a no-op */
 rf_policy *rf_policy_clone(const rf_policy *policy); /* NULL: out of memory */
 /* "k=v,k2=v2" or "" ; an unknown key is RF_ERR_ARGUMENT and lists the valid ones; so is a value out of range. */
 rf_status rf_policy_set(rf_policy *policy, const char *options, rf_error *err);
@@ -70,7 +70,13 @@ size_t rf_policy_value_text(const rf_policy *policy, int option, char *text, siz
 
 /* --- the run, as a policy sees it ------------------------------------------------------------------------------------ */
 
-typedef enum { RF_CACHE_SELF = 0, RF_CACHE_CROSS, RF_CACHE_MLP, RF_CACHE_PARALLEL, RF_CACHE_NUM_KINDS } rf_cache_part_kind;
+typedef enum {
+    RF_CACHE_SELF = 0,
+    RF_CACHE_CROSS,
+    RF_CACHE_MLP,
+    RF_CACHE_PARALLEL,
+    RF_CACHE_NUM_KINDS
+} rf_cache_part_kind;
 #define RF_CACHE_NO_PART 255
 
 typedef struct {
@@ -79,33 +85,35 @@ typedef struct {
     const float *timesteps;   /* [num_steps] as the model is told, 0..1000 scale, step order (noisiest first) */
     const float *temb_change; /* [num_steps] rel1 of the timestep embedding against the step before; [0] = 0 */
     const char *sampler;
-    bool stochastic; /* the solver adds noise inside the loop */
-    bool force;      /* the user insists: misfits are not refused */
-    int64_t batch;   /* images */
-    int branches;    /* 1 or 2 */
+    bool stochastic;                        /* the solver adds noise inside the loop */
+    bool force;                             /* the user insists: misfits are not refused */
+    int64_t batch;                          /* images */
+    int branches;                           /* 1 or 2 */
     int64_t tokens, frames, grid_h, grid_w; /* tokens = frames * grid_h * grid_w */
     int64_t width, in_cols, out_cols;       /* per token: hidden, model input, model output */
-    int64_t pred_cols; /* the first columns of an output that the solver uses (no variance half); = in_cols for the delta */
-    int num_blocks, num_parts;      /* num_parts: most parts of a block */
-    const uint8_t *part_kinds;      /* [num_blocks * num_parts] rf_cache_part_kind or RF_CACHE_NO_PART */
-    const rf_json_value *calibration; /* the model's cache.json (measured tables, presets), or NULL; read it in setup only */
+    /* the first columns of an output, which the solver uses (no variance half); = in_cols where deltas are kept */
+    int64_t pred_cols;
+    int num_blocks, num_parts; /* num_parts: most parts of a block */
+    const uint8_t *part_kinds; /* [num_blocks * num_parts] rf_cache_part_kind or RF_CACHE_NO_PART */
+    /* the model's cache.json (measured tables, presets), or NULL; read it in setup only */
+    const rf_json_value *calibration;
 } rf_cache_shape;
 
 /* --- what the runtime keeps and measures ------------------------------------------------------------------------------ */
 
 /* A measured signal is 4 floats per branch, (sum |a-b|, sum |b|, sum (a-b)^2, sum b^2) unless said otherwise; b is the older. */
 typedef enum {
-    RF_SIGNAL_INPUT_STEP = 0, /* model input against the step before; at the start of every step; both branches the same */
+    RF_SIGNAL_INPUT_STEP = 0, /* model input against the step before; at the start of every step; both branches alike */
     RF_SIGNAL_MODULATED_STEP, /* normed and modulated input of the first part of block 0 against the step before; likewise */
-    RF_SIGNAL_INPUT_REFRESH,  /* model input against that of the last stored step; measured by FULL steps, before storing */
+    RF_SIGNAL_INPUT_REFRESH, /* model input against that of the last stored step; measured by FULL steps, before storing */
     RF_SIGNAL_OUTPUT_REFRESH, /* first pred_cols columns of the output, likewise */
     RF_SIGNAL_OUTPUT_SIZE,    /* (sum |output|, 0, sum output^2, 0) of a FULL step, same columns */
     RF_SIGNAL_SPAN_REFRESH,   /* what span 0 stores, against the last stored; FULL steps */
-    RF_SIGNAL_SPAN_NORMS,     /* [0] = sum over token rows of |new row| / |last stored row| of span 0; FULL steps (MagCache) */
-    RF_SIGNAL_PROBE,          /* residual of the probe's blocks against that of the last stored step; in PROBE steps */
-    RF_SIGNAL_VERIFY,         /* [0] = sum |x - xhat| / (|xhat| + 1e-10) after the last block, x computed; verify steps (SpeCa) */
-    RF_SIGNAL_CURVATURE,      /* layout.curvature; read through rf_ctx_drift, not as 4 floats; FULL steps with 3 snapshots */
-    RF_SIGNAL_DRIFT,          /* prediction against computed value at a refresh; the runtime's own (drift guard) */
+    RF_SIGNAL_SPAN_NORMS, /* [0] = sum over token rows of |new row| / |last stored row| of span 0; FULL steps (MagCache) */
+    RF_SIGNAL_PROBE,      /* residual of the probe's blocks against that of the last stored step; in PROBE steps */
+    RF_SIGNAL_VERIFY, /* [0] = sum |x - xhat| / (|xhat| + 1e-10) after the last block, x computed; verify steps (SpeCa) */
+    RF_SIGNAL_CURVATURE, /* layout.curvature; read through rf_ctx_drift, not as 4 floats; FULL steps with 3 snapshots */
+    RF_SIGNAL_DRIFT,     /* prediction against computed value at a refresh; the runtime's own (drift guard) */
     RF_SIGNAL_COUNT
 } rf_signal;
 
@@ -117,7 +125,7 @@ typedef struct {
 
 /* Filled by setup; zeroed before. Device memory follows from it, and from nothing else. */
 typedef struct {
-    int output_depth; /* ring of model outputs, f32; 0 = none */
+    int output_depth;  /* ring of model outputs, f32; 0 = none */
     bool output_delta; /* stores output - model input (EasyCache) */
     rf_cache_span spans[RF_CACHE_MAX_SPANS];
     int part_depth[RF_CACHE_NUM_KINDS]; /* rings of part outputs before their gate, one for every part of that kind */
@@ -127,7 +135,7 @@ typedef struct {
 
     struct { /* WorldCache; needs output_depth 3. See kernels/cache.h */
         bool used, pooled, mean_over_all;
-        bool timestep_gaps; /* gaps between snapshots are differences of timesteps, t[older] - t[newer], instead of steps */
+        bool timestep_gaps; /* gaps between snapshots are t[older] - t[newer] instead of steps */
         float p_stable, p_chaotic, eps, floor;
         int horizon;
         float step_a[RF_CACHE_MAX_HORIZON], step_b[RF_CACHE_MAX_HORIZON]; /* yhat(k) - yhat(k-1) = a_k v0 + b_k v1 */
@@ -136,16 +144,16 @@ typedef struct {
     struct { /* token rows; needs part_depth 1 for every kind whose parts are ever DO_ROWS or DO_PRODUCE */
         bool used;
         bool value_score;    /* score by value norm instead of attention received */
-        bool attention_rows; /* DO_ROWS on self-attention: chosen rows' queries, keys and values are renewed (keeps q,k,v) */
+        bool attention_rows; /* DO_ROWS on self-attention: chosen rows' q, k and v are renewed (all are kept) */
         bool random;
         uint64_t seed;
         float age_weight, bonus;
         int cell;
     } tokens;
 
-    bool never_refreshes; /* nothing is stored after the first full steps, so no prediction is ever checked: no drift guard */
-    bool is_static; /* plan never reads a signal: no decision cost, no read-back */
-    void *tables;   /* rf_alloc'ed by setup, freed by the runtime with rf_free; policies' own schedule */
+    bool never_refreshes; /* nothing is stored after the first full steps: no prediction is checked, no drift guard */
+    bool is_static;       /* plan never reads a signal: no decision cost, no read-back */
+    void *tables;         /* rf_alloc'ed by setup, freed by the runtime with rf_free; policies' own schedule */
 } rf_cache_layout;
 
 /* --- one step ---------------------------------------------------------------------------------------------------------- */
@@ -155,11 +163,11 @@ typedef struct {
     const rf_cache_layout *layout;
     int image; /* index in the batch */
     int step;
-    bool force_full;   /* the drift guard asks: plan must return FULL with its own bookkeeping as if its rule had asked */
-    int num_stored;    /* pushes so far (FULL steps before this one) */
-    const int *stored; /* their steps, newest first, min(num_stored, RF_CACHE_MAX_TERMS) entries */
-    const float (*signals)[2][4];  /* [RF_SIGNAL_COUNT][branch]: latest measurement */
-    const int *signal_steps;       /* [RF_SIGNAL_COUNT]: the step it was taken at, -1 = never */
+    bool force_full; /* the drift guard asks: plan must return FULL with its own bookkeeping as if its rule had asked */
+    int num_stored;  /* pushes so far (FULL steps before this one) */
+    const int *stored;            /* their steps, newest first, min(num_stored, RF_CACHE_MAX_TERMS) entries */
+    const float (*signals)[2][4]; /* [RF_SIGNAL_COUNT][branch]: latest measurement */
+    const int *signal_steps;      /* [RF_SIGNAL_COUNT]: the step it was taken at, -1 = never */
     const float (*drift)[RF_CACHE_MAX_HORIZON]; /* [branch]: E(1..horizon) of the last curvature */
 } rf_step_ctx;
 
@@ -184,7 +192,7 @@ typedef struct {
     int num_terms;      /* prediction of this step; on FULL what would have been used (0 = no history: no drift) */
     float weights[RF_CACHE_MAX_CLASSES][RF_CACHE_MAX_TERMS]; /* by class and age */
     /* for people and the trace */
-    int horizon;               /* steps since the last stored one */
+    int horizon;                 /* steps since the last stored one */
     double statistic, threshold; /* what was compared; NaN if nothing was */
 } rf_step_plan;
 
@@ -192,9 +200,9 @@ typedef struct {
 
 typedef struct rf_policy_def {
     const char *name;
-    const char *family; /* "feature" */
-    const char *level;  /* "step", "block", "part", "token", "replay" */
-    const char *paper;  /* title, arXiv number */
+    const char *family;  /* "feature" */
+    const char *level;   /* "step", "block", "part", "token", "replay" */
+    const char *paper;   /* title, arXiv number */
     const char *summary; /* one line */
     const char *fits;    /* which models and samplers */
     const rf_policy_option *options;
@@ -216,7 +224,8 @@ const rf_policy_def *rf_policy_find(const char *name); /* NULL if there is none 
 
 /* RF_ERR_UNSUPPORTED unless shape->force: "NAME needs a solver that adds no noise ..." / "... at least N steps ...". */
 rf_status rf_policy_refuse_stochastic(const rf_policy *policy, const rf_cache_shape *shape, rf_error *err);
-rf_status rf_policy_refuse_few_steps(const rf_policy *policy, const rf_cache_shape *shape, int min_steps, rf_error *err);
+rf_status rf_policy_refuse_few_steps(const rf_policy *policy, const rf_cache_shape *shape, int min_steps,
+                                     rf_error *err);
 
 /* Weights by age of predictors over stored steps (caching/predict.c). stored: steps newest first; step: the one to predict.
  * order is lowered to what num_stored allows. Return the number of terms. */

@@ -37,7 +37,8 @@ typedef struct {
 } rf_trace_image;
 
 /* Text without newline, *out to be freed with rf_free. */
-rf_status rf_trace_header(char **out, const rf_policy *policy, const rf_cache_shape *shape, int first_image, rf_error *err);
+rf_status rf_trace_header(char **out, const rf_policy *policy, const rf_cache_shape *shape, int first_image,
+                          rf_error *err);
 rf_status rf_trace_step(char **out, const rf_cache_shape *shape, const rf_cache_layout *layout, int step,
                         const rf_trace_image *images, int num_images, rf_error *err);
 

@@ -68,7 +68,7 @@ struct rf_dit_session {
     struct captured {
         uint64_t key;
         rf_graph *graphs[2]; /* the second may be NULL */
-    } *graphs;
+    } * graphs;
     int num_graphs, max_graphs;
     int head_step; /* the step whose signals have been queued already */
 };
@@ -132,7 +132,8 @@ static rf_status show_boundary(pass *p, rf_error *err) {
     for (int i = 0; i < RF_CACHE_MAX_SPANS; i++)
         if (layout->spans[i].depth > 0 && layout->spans[i].end == block)
             RF_TRY(rf_cache_span_leave(s->cache, p->stream, g, i, s->b.x, err));
-    bool probes = layout->probe_blocks > 0 && !g->resumed && (g->plan->kind == RF_STEP_FULL || g->plan->kind == RF_STEP_PROBE);
+    bool probes =
+        layout->probe_blocks > 0 && !g->resumed && (g->plan->kind == RF_STEP_FULL || g->plan->kind == RF_STEP_PROBE);
     if (probes && block == 0) RF_TRY(rf_cache_probe_begin(s->cache, p->stream, g, s->b.x, err));
     if (probes && block == layout->probe_blocks) RF_TRY(rf_cache_probe_end(s->cache, p->stream, g, s->b.x, err));
     for (int i = 0; i < RF_CACHE_MAX_SPANS; i++)
@@ -414,9 +415,8 @@ static rf_status run_block(pass *p, int block, const rf_block_group *group, int6
     rf_dit_session *s = p->s;
     int most = p->group ? rf_cache_get_shape(s->cache)->num_parts : 0;
     p->boundary = block;
-    const uint8_t *plan = p->group && !compute_all && p->group->plan->kind != RF_STEP_FULL
-                              ? p->group->plan->parts + block * most
-                              : NULL;
+    const uint8_t *plan =
+        p->group && !compute_all && p->group->plan->kind != RF_STEP_FULL ? p->group->plan->parts + block * most : NULL;
     if (plan && group->num_parts == 2 && group->parts[0].kind == RF_PART_SELF && group->parts[1].kind == RF_PART_MLP &&
         plan[0] != RF_DO_COMPUTE && plan[1] == RF_DO_ROWS) {
         part_at self = {block, 0, &group->parts[0], &s->model->parts[block * RF_MAX_PARTS], first_chunk};
@@ -515,18 +515,13 @@ static rf_status embed(pass *p, const float *latent, const float *in_scale, int6
     RF_TRY(s->ops->patchify(p->stream, &args, err));
     RF_TRY(linear(p, &s->model->patch, s->b.patches, s->b.y, p->rows, width, s->patch_dim, RF_ACT_NONE, s->model->dtype,
                   err));
-    *pending =
-        (pending_residual){.active = true, .base = s->b.pos, .base_period = s->tokens, .y = s->b.y, .gate = -1};
+    *pending = (pending_residual){.active = true, .base = s->b.pos, .base_period = s->tokens, .y = s->b.y, .gate = -1};
     return RF_OK;
 }
 
 static pass whole_batch(rf_dit_session *s, rf_stream *stream) {
-    return (pass){.s = s,
-                  .stream = stream,
-                  .samples = s->samples,
-                  .rows = s->rows,
-                  .mod_index = s->b.mod_index,
-                  .boundary = -1};
+    return (pass){
+        .s = s, .stream = stream, .samples = s->samples, .rows = s->rows, .mod_index = s->b.mod_index, .boundary = -1};
 }
 
 /* Which block a span prediction of this plan takes the place of; NULL if none. */
@@ -685,11 +680,11 @@ static rf_status queue_modulation(rf_dit_session *s, rf_stream *stream, int chun
                                     .max_period = (float)d->max_period};
     rf_status st = s->ops->timestep_embed(stream, &embed, err);
     if (st == RF_OK)
-        st = linear(p, &s->model->temb1, s->b.fourier, s->b.temb_hidden, rows, d->cond_dim, d->num_freqs,
-                    RF_ACT_SILU, dtype, err);
+        st = linear(p, &s->model->temb1, s->b.fourier, s->b.temb_hidden, rows, d->cond_dim, d->num_freqs, RF_ACT_SILU,
+                    dtype, err);
     if (st == RF_OK)
-        st = linear(p, &s->model->temb2, s->b.temb_hidden, s->b.temb, rows, d->cond_dim, d->cond_dim,
-                    RF_ACT_NONE, dtype, err);
+        st = linear(p, &s->model->temb2, s->b.temb_hidden, s->b.temb, rows, d->cond_dim, d->cond_dim, RF_ACT_NONE,
+                    dtype, err);
     rf_elementwise_args add = rf_elementwise_args_default(dtype, dtype, rows, d->cond_dim);
     add.x = s->b.temb;
     add.y = s->b.cond;
@@ -702,8 +697,8 @@ static rf_status queue_modulation(rf_dit_session *s, rf_stream *stream, int chun
     }
     if (st == RF_OK) st = s->ops->elementwise(stream, &add, err);
     if (st == RF_OK)
-        st = linear(p, &s->model->mod, s->b.cond, s->b.table, rows, s->chunk_cols, d->cond_dim, RF_ACT_NONE,
-                    dtype, err);
+        st =
+            linear(p, &s->model->mod, s->b.cond, s->b.table, rows, s->chunk_cols, d->cond_dim, RF_ACT_NONE, dtype, err);
     return st;
 }
 
@@ -745,7 +740,8 @@ static rf_status take_buffers(rf_dit_session *s, rf_arena *arena, rf_error *err)
         {&s->b.wide, "qkv and MLP rows", rows * (size_t)max_ffn(d), act},
         {&s->b.attn, "attention output", rows * width, act},
         {(void **)&s->b.out, "model output", rows * (size_t)s->out_dim, sizeof(float)},
-        {(void **)&s->b.out_packed, "packed model output", s->options.policy ? rows * (size_t)s->out_dim : 0, sizeof(float)},
+        {(void **)&s->b.out_packed, "packed model output", s->options.policy ? rows * (size_t)s->out_dim : 0,
+         sizeof(float)},
         {&s->b.attn_workspace, "attention workspace", s->b.attn_workspace_bytes, 1},
         {&s->b.pos, "positions", (size_t)s->tokens * width, sizeof(float)},
         {&s->b.table, "modulation table", mod_rows * (size_t)s->chunk_cols, act},
@@ -1150,7 +1146,8 @@ static rf_status capture(rf_dit_session *s, const launch_kind *kind, struct capt
  * it is one or two graphs. */
 static rf_status launch(rf_dit_session *s, const launch_kind *kind, const step_input *in, rf_error *err) {
     uint64_t key = kind->group ? kind->group->key : 0;
-    key = (key ^ (uint64_t)(1 + kind->tail + 2 * kind->head + 4 * kind->split + 8 * kind->post)) * 0x9e3779b97f4a7c15ull;
+    key =
+        (key ^ (uint64_t)(1 + kind->tail + 2 * kind->head + 4 * kind->split + 8 * kind->post)) * 0x9e3779b97f4a7c15ull;
     for (int i = 0; i < s->num_graphs; i++) {
         if (s->graphs[i].key != key) continue;
         RF_TRY(rf_graph_launch(s->graphs[i].graphs[0], s->stream, err));
@@ -1181,7 +1178,8 @@ static rf_status run_group(rf_dit_session *s, int index, bool only, const step_i
     kind.head = only && s->step + 1 < s->num_steps && s->steps_per_chunk >= s->num_steps &&
                 rf_cache_wants_head(s->cache, &modulated);
     /* a probe is read at once; other groups post if nothing else runs in their step */
-    kind.post = (only || kind.group->plan->kind == RF_STEP_PROBE) && rf_cache_wants_post(s->cache, kind.group, kind.head);
+    kind.post =
+        (only || kind.group->plan->kind == RF_STEP_PROBE) && rf_cache_wants_post(s->cache, kind.group, kind.head);
     RF_TRY(rf_cache_upload(s->cache, index, err));
     RF_TRY(launch(s, &kind, in, err));
     if (kind.post) rf_cache_posted(s->cache);

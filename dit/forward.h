@@ -30,12 +30,12 @@ typedef struct {
     /* Feature caching (caching/policy.h); policy NULL = none and the rest is not read. */
     const rf_policy *policy; /* borrowed */
     rf_cache_options cache;
-    const float *timesteps;  /* host [max_steps]: the timesteps of every run, which then has max_steps steps */
+    const float *timesteps; /* host [max_steps]: the timesteps of every run, which then has max_steps steps */
     const char *model_name, *sampler_name; /* for messages and traces, borrowed */
-    bool stochastic;         /* the solver adds noise */
-    bool force_policy;       /* misfits are not refused */
-    const rf_json_value *calibration; /* measured tables of the model, read while planning; NULL = none */
-    bool use_graphs;         /* kinds of steps are captured when they first occur and replayed from then on */
+    bool stochastic;                       /* the solver adds noise */
+    bool force_policy;                     /* misfits are not refused */
+    const rf_json_value *calibration;      /* measured tables of the model, read while planning; NULL = none */
+    bool use_graphs; /* kinds of steps are captured when they first occur and replayed from then on */
 } rf_dit_session_options;
 rf_dit_session_options rf_dit_session_options_default(void);
 

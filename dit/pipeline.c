@@ -332,8 +332,7 @@ static rf_status allocate(rf_image_session *s, rf_error *err) {
     s->labels = rf_alloc(batch * (size_t)s->branches * sizeof(int32_t));
     s->step_ms = rf_alloc_zero(steps, sizeof(double));
     s->output_gain = rf_alloc_zero(steps, sizeof(double));
-    if (st == RF_OK && (!s->draws || !s->timesteps || !s->labels || !s->step_ms ||
-                        !s->output_gain))
+    if (st == RF_OK && (!s->draws || !s->timesteps || !s->labels || !s->step_ms || !s->output_gain))
         st = rf_fail(err, RF_ERR_MEMORY, "out of memory for a session");
     if (st == RF_OK) st = rf_stream_zero(s->stream, s->memory, s->memory_bytes, err);
     if (st == RF_OK) st = rf_stream_upload(s->stream, s->coefs, s->plan.coefs, steps * sizeof *s->coefs, err);

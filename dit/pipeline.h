@@ -32,7 +32,8 @@ typedef struct {
     size_t weights_bytes;
     int64_t num_params;
     int image_height, image_width; /* at the native sample size */
-    const rf_json_value *calibration; /* the folder's cache.json: measured tables and presets for policies; NULL if absent */
+    /* the folder's cache.json: measured tables and presets for policies; NULL if absent */
+    const rf_json_value *calibration;
 } rf_image_model_info;
 rf_image_model_info rf_image_model_get_info(const rf_image_model *model);
 /* Name of class id, "class <id>" style names are not made up: NULL if the folder gives none. */
@@ -55,7 +56,7 @@ typedef struct {
     bool tune_gemm;          /* CUDA: time GEMM algorithms while planning (kernels/gemm.h); default false */
     const rf_policy *policy; /* feature caching; NULL = none; borrowed by the session */
     double max_drift;        /* drift guard (caching/cache.h), 0 = off */
-    bool record_trace;       /* measure drifts and keep signals for rf_image_session_write_trace; costs a few small kernels a step */
+    bool record_trace;       /* measure drifts, keep signals for rf_image_session_write_trace; a few small kernels a step */
     bool force_policy;       /* a policy that does not fit the sampler or step count is used all the same */
     const char *gemm_tuning; /* file of choices, read before planning and written if it tuned; NULL = none; borrowed */
 } rf_image_options;

@@ -113,7 +113,7 @@ typedef struct {
     float age_weight, bonus;
     bool random;
     uint64_t seed;
-    int64_t groups_per_branch; /* random: counts branches (state group / this), so that an image's rows do not depend on its batch */
+    int64_t groups_per_branch; /* random: state group / this is the branch; an image's rows do not depend on its batch */
     const int32_t *step;       /* device step counter, for random */
     float *workspace;    /* f32 [num_sites * groups * tokens] */
     size_t workspace_bytes;

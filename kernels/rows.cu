@@ -36,9 +36,9 @@ static rf_status launch(rf_stream *stream, const rf_rows_args *args, bool scatte
     const int64_t src_ld = args->src_ld ? args->src_ld : args->cols, dst_ld = args->dst_ld ? args->dst_ld : args->cols;
     const dim3 grid(rf_blocks_for(args->num_rows, ROWS));
     return rf_launch_early(stream, scatter ? "scatter_rows" : "gather_rows", err,
-                     scatter ? rows_kernel<Word, true> : rows_kernel<Word, false>, grid, dim3(ROWS * 32), 0,
-                     (const Word *)args->src, (Word *)args->dst, args->rows, args->num_rows, words(args->cols),
-                     words(src_ld), words(dst_ld));
+                           scatter ? rows_kernel<Word, true> : rows_kernel<Word, false>, grid, dim3(ROWS * 32), 0,
+                           (const Word *)args->src, (Word *)args->dst, args->rows, args->num_rows, words(args->cols),
+                           words(src_ld), words(dst_ld));
 }
 
 static rf_status copy_rows(rf_stream *stream, const rf_rows_args *args, bool scatter, rf_error *err) {

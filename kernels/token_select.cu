@@ -82,8 +82,9 @@ static __global__ void __launch_bounds__(MAX_THREADS) select_kernel(const __grid
 
     const uint32_t step = p.random ? (uint32_t)*p.step : 0u;
     for (int t = threadIdx.x; t < tokens; t += blockDim.x) {
-        const float s = p.random ? random_score(p.seed, (uint32_t)t, (uint32_t)(group / p.groups_per_branch), (uint32_t)site, step)
-                                 : p.s1[at + t] + p.age_weight * age[t] / (float)tokens;
+        const float s =
+            p.random ? random_score(p.seed, (uint32_t)t, (uint32_t)(group / p.groups_per_branch), (uint32_t)site, step)
+                     : p.s1[at + t] + p.age_weight * age[t] / (float)tokens;
         score[t] = isnan(s) ? __int_as_float(0x7f800000) : s;
     }
     if (threadIdx.x == 0) selection.rank[0] = (uint32_t)(tokens - count);

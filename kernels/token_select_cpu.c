@@ -85,7 +85,8 @@ static void select_rows(const rf_token_select_args *a, int64_t site, int64_t pac
     float *score = a->workspace + (site * a->groups + packed) * tokens;
     float *age = a->age + at;
     for (int64_t t = 0; t < tokens; t++) {
-        float s = a->random ? random_score(a, site, group / a->groups_per_branch, t) : a->s1[at + t] + a->age_weight * age[t] / (float)tokens;
+        float s = a->random ? random_score(a, site, group / a->groups_per_branch, t)
+                            : a->s1[at + t] + a->age_weight * age[t] / (float)tokens;
         score[t] = isnan(s) ? INFINITY : s;
     }
     if (!a->random && a->cell > 0 && a->bonus != 0) add_cell_bonus(a, score);

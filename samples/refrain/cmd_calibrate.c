@@ -51,7 +51,8 @@ static args_result read_args(calibrate_args *a, int argc, char **argv) {
     };
     const arg_spec spec = {.command = "refrain calibrate",
                            .usage = "magcache|teacache|diffsparse [options]",
-                           .about = "Measures on a model the table that a policy needs, and writes it beside the model.",
+                           .about =
+                               "Measures on a model the table that a policy needs, and writes it beside the model.",
                            .options = options,
                            .num_options = sizeof options / sizeof options[0],
                            .min_positional = 1,
@@ -237,12 +238,12 @@ static rf_status fit_from_trace(const calibrate_args *a, rf_image_session *sessi
 typedef struct {
     int step, num_steps, num_blocks, last_part;
     int64_t rows, width, tokens;
-    float *x;          /* [rows, width] at the end of the block before */
-    float *last;       /* [num_blocks, rows, width] contributions of the step before */
-    double *costs;     /* [num_steps, num_blocks, LEVELS] */
+    float *x;           /* [rows, width] at the end of the block before */
+    float *last;        /* [num_blocks, rows, width] contributions of the step before */
+    double *costs;      /* [num_steps, num_blocks, LEVELS] */
     const double *gain; /* [num_steps] */
-    float *errors;     /* [tokens] scratch */
-    bool missed;       /* no memory, or another shape than expected */
+    float *errors;      /* [tokens] scratch */
+    bool missed;        /* no memory, or another shape than expected */
 } watcher;
 
 static int descending(const void *a, const void *b) {
@@ -411,8 +412,8 @@ static rf_status calibrate(const calibrate_args *a, rf_error *err) {
     }
     if (st == RF_OK) {
         char command[160];
-        snprintf(command, sizeof command, "refrain calibrate %s -n %d --steps %d --cfg-scale %g -s %lld --device %s", a->what,
-                 batch, o.num_steps, a->cfg_scale, (long long)a->seed, a->device);
+        snprintf(command, sizeof command, "refrain calibrate %s -n %d --steps %d --cfg-scale %g -s %lld --device %s",
+                 a->what, batch, o.num_steps, a->cfg_scale, (long long)a->seed, a->device);
         cJSON_AddStringToObject(table, "command", command);
         st = write_table(output, a->what, table, err);
     }

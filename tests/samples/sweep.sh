@@ -3,7 +3,7 @@
 # shellcheck source=tests/lib/program.sh
 . "$(dirname "${BASH_SOURCE[0]}")/../lib/program.sh"
 value() { "$JSON_GET" "$@" 2>/dev/null; }
-sweep=(sweep -m "$tiny" --device cpu --steps 12 -n 2 -s 7 -r 1 --fewer-steps 4,8
+sweep=(sweep -m "$tiny" --device cpu --steps 12 -n 2 -s 7 -r 1 --fewer-steps "4,8"
     --policy "interval:interval=2..6" --policy "fora:interval=2,3,4" --policy "taylorseer:interval=3;mode=parts,last"
     --policy "worldcache:threshold=0.05..0.5/3;warmup=3" --policy "fbcache:threshold=0.05,0.2" --policy "toca:interval=3")
 # Names of all settings in a results.csv, sorted; the key is the last column, and the only field that may end a line in a quote.
@@ -53,7 +53,8 @@ for stop in 3 7; do
     check "killed at $stop lines: something was there" [ "$(rows)" -ge "$stop" ]
     check "killed at $stop lines: not all" [ "$(rows)" -lt "$((num + 1))" ]
 done
-head -c 20 <(sed -n 2p killed/results.csv) >>killed/results.csv
+torn=$(sed -n 2p killed/results.csv | head -c 20)
+printf %s "$torn" >>killed/results.csv
 accepted "resumed" "${sweep[@]}" --report killed
 check "resumed: says what is there" has err "holds"
 keys whole/results.csv >whole.keys
