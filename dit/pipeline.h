@@ -56,8 +56,8 @@ typedef struct {
     bool tune_gemm;          /* CUDA: time GEMM algorithms while planning (kernels/gemm.h); default false */
     const rf_policy *policy; /* feature caching; NULL = none; borrowed by the session */
     double max_drift;        /* drift guard (caching/cache.h), 0 = off */
-    bool record_trace;       /* measure drifts, keep signals for rf_image_session_write_trace; a few small kernels a step */
-    bool force_policy;       /* a policy that does not fit the sampler or step count is used all the same */
+    bool record_trace; /* measure drifts, keep signals for rf_image_session_write_trace; a few small kernels a step */
+    bool force_policy; /* a policy that does not fit the sampler or step count is used all the same */
     const char *gemm_tuning; /* file of choices, read before planning and written if it tuned; NULL = none; borrowed */
 } rf_image_options;
 rf_image_options rf_image_options_default(void);

@@ -113,9 +113,10 @@ typedef struct {
     float age_weight, bonus;
     bool random;
     uint64_t seed;
-    int64_t groups_per_branch; /* random: state group / this is the branch; an image's rows do not depend on its batch */
-    const int32_t *step;       /* device step counter, for random */
-    float *workspace;    /* f32 [num_sites * groups * tokens] */
+    int64_t
+        groups_per_branch; /* random: state group / this is the branch; an image's rows do not depend on its batch */
+    const int32_t *step;   /* device step counter, for random */
+    float *workspace;      /* f32 [num_sites * groups * tokens] */
     size_t workspace_bytes;
 } rf_token_select_args;
 

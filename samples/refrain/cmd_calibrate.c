@@ -3,7 +3,7 @@
  *   magcache    gamma_s = mean over token rows of |r_s| / |r_(s-1)|, r the residual of the block stack, per branch (MagCache, arXiv
  *               2506.09045)
  *   teacache    the polynomial of degree 4 that maps the relative change of the modulated input of block 0 to that of the model's output,
- *               by least squares over all steps, branches and pictures (TeaCache, arXiv 2411.19108, section 4)
+ *               by least squares over all steps but the last, branches and pictures (TeaCache, arXiv 2411.19108, section 4)
  *   diffsparse  cost[step][layer][level]: how far a layer's contribution to the residual stream would be off if only `level` of its
  *               rows were renewed. e_row = |c_s - c_(s-1)|^2 of the layer's gated contribution c; level keeps the rows with the largest e;
  *               the rest counts, times |d final latent / d output of step s|^2 through the solver's own weights. A
@@ -96,6 +96,8 @@ static void take_image(traces *t, int step, const rf_json_value *image) {
             t->ratios[b * t->num_steps + step] += norms[b]; /* the trace gives means over rows */
             t->ratio_counts[b * t->num_steps + step]++;
         }
+    if (step == t->num_steps - 1)
+        return; /* TeaCache always computes the last step, and its change is far from all others */
     if (branch_signal(image, "modulated_step", input) && branch_signal(image, "output_refresh", output))
         for (int b = 0; b < t->branches && t->num_pairs < t->max_pairs; b++) {
             t->x[t->num_pairs] = input[b];
