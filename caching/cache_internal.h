@@ -4,12 +4,6 @@
 
 #include "caching/cache.h"
 
-#define RF_TRY(call)                                                                                                   \
-    do {                                                                                                               \
-        rf_status try_status = (call);                                                                                 \
-        if (try_status != RF_OK) return try_status;                                                                    \
-    } while (0)
-
 /* What changes from step to step and is uploaded in front of a group's work: one block, the same on host and device.
  * Pointers into the block at `base`; host side or device side. */
 typedef struct {

@@ -409,12 +409,6 @@ typedef struct {
     int step;               /* the next one; info.num_steps when the batch is whole */
 } reader;
 
-#define TRY(call)                                                                                                      \
-    do {                                                                                                               \
-        rf_status try_status = (call);                                                                                 \
-        if (try_status != RF_OK) return try_status;                                                                    \
-    } while (0)
-
 static rf_status bad(const reader *r, const char *format, ...) __attribute__((format(printf, 2, 3)));
 static rf_status bad(const reader *r, const char *format, ...) {
     char text[256];
@@ -452,7 +446,7 @@ static rf_status element_int(const reader *r, const rf_json_value *v, const char
 static rf_status get_word(const reader *r, const rf_json_value *object, const char *key, const char *const *words,
                           int num, uint8_t *out) {
     const char *text = NULL;
-    TRY(rf_json_get_string(r->doc, object, key, &text, r->err));
+    RF_TRY(rf_json_get_string(r->doc, object, key, &text, r->err));
     for (int i = 0; i < num; i++) {
         if (strcmp(text, words[i]) != 0) continue;
         *out = (uint8_t)i;
@@ -506,18 +500,18 @@ static rf_status read_header(reader *r, const rf_json_value *root) {
     const char *policy = NULL, *options = NULL;
     rf_trace_info now = {0};
     int version = 0, tokens = 0;
-    TRY(get_int(r, root, "trace", 1, 1, &version));
-    TRY(rf_json_get_string(r->doc, root, "policy", &policy, r->err));
-    TRY(rf_json_get_string(r->doc, root, "options", &options, r->err));
-    TRY(get_int(r, root, "steps", 1, MAX_STEPS, &now.num_steps));
-    TRY(get_int(r, root, "images", 1, MAX_IMAGES, &r->batch));
-    TRY(get_int(r, root, "first_image", 0, MAX_IMAGES, &r->first_image));
-    TRY(get_int(r, root, "branches", 1, 2, &now.branches));
-    TRY(get_int(r, root, "blocks", 1, MAX_BLOCKS, &now.num_blocks));
-    TRY(get_int(r, root, "parts", 1, MAX_PARTS, &now.num_parts));
-    TRY(get_int(r, root, "tokens", 1, MAX_TOKENS, &tokens));
+    RF_TRY(get_int(r, root, "trace", 1, 1, &version));
+    RF_TRY(rf_json_get_string(r->doc, root, "policy", &policy, r->err));
+    RF_TRY(rf_json_get_string(r->doc, root, "options", &options, r->err));
+    RF_TRY(get_int(r, root, "steps", 1, MAX_STEPS, &now.num_steps));
+    RF_TRY(get_int(r, root, "images", 1, MAX_IMAGES, &r->batch));
+    RF_TRY(get_int(r, root, "first_image", 0, MAX_IMAGES, &r->first_image));
+    RF_TRY(get_int(r, root, "branches", 1, 2, &now.branches));
+    RF_TRY(get_int(r, root, "blocks", 1, MAX_BLOCKS, &now.num_blocks));
+    RF_TRY(get_int(r, root, "parts", 1, MAX_PARTS, &now.num_parts));
+    RF_TRY(get_int(r, root, "tokens", 1, MAX_TOKENS, &tokens));
     now.tokens = tokens;
-    if (!first) TRY(compare_batch(r, &now, policy, options));
+    if (!first) RF_TRY(compare_batch(r, &now, policy, options));
     r->batch_begin = t->info.num_images;
     now.num_images = r->batch_begin + r->batch;
     int64_t total = (int64_t)now.num_images * now.num_steps, begin = (int64_t)r->batch_begin * now.num_steps;
@@ -530,7 +524,7 @@ static rf_status read_header(reader *r, const rf_json_value *root) {
     t->index = index;
     memset(index + begin, 0xff, (size_t)(total - begin) * sizeof *index); /* -1 */
     if (first) {
-        TRY(take_names(r, policy, options));
+        RF_TRY(take_names(r, policy, options));
         now.policy = t->policy;
         now.options = t->options;
         t->info = now;
@@ -601,7 +595,7 @@ static rf_status read_rows(const reader *r, const rf_json_value *list, const uin
     }
     for (const rf_json_value *v = rf_json_first(list); v; v = rf_json_next(v), at++) {
         int num = 0;
-        TRY(element_int(r, v, "'rows'", 0, info->tokens, &num));
+        RF_TRY(element_int(r, v, "'rows'", 0, info->tokens, &num));
         rows[at] = parts[at] == RF_DO_ROWS ? num : 0;
     }
     return RF_OK;
@@ -626,35 +620,35 @@ static rf_status read_entry(reader *r, const rf_json_value *object) {
     const rf_trace_info *info = &r->trace->info;
     entry head = {0};
     int span = 0;
-    TRY(get_word(r, object, "kind", kind_names, 3, &head.kind));
-    TRY(get_word(r, object, "produce", produce_names, 3, &head.produce));
-    TRY(get_int(r, object, "span", 0, RF_CACHE_MAX_SPANS - 1, &span));
-    TRY(get_int(r, object, "horizon", 0, info->num_steps, &head.horizon));
-    TRY(get_statistic(r, object, "statistic", &head.statistic));
-    TRY(get_statistic(r, object, "threshold", &head.threshold));
-    if (rf_json_has(object, "verify")) TRY(get_word(r, object, "verify", verify_names, 3, &head.verify));
+    RF_TRY(get_word(r, object, "kind", kind_names, 3, &head.kind));
+    RF_TRY(get_word(r, object, "produce", produce_names, 3, &head.produce));
+    RF_TRY(get_int(r, object, "span", 0, RF_CACHE_MAX_SPANS - 1, &span));
+    RF_TRY(get_int(r, object, "horizon", 0, info->num_steps, &head.horizon));
+    RF_TRY(get_statistic(r, object, "statistic", &head.statistic));
+    RF_TRY(get_statistic(r, object, "threshold", &head.threshold));
+    if (rf_json_has(object, "verify")) RF_TRY(get_word(r, object, "verify", verify_names, 3, &head.verify));
     head.span = (uint8_t)span;
     const rf_json_value *weights = rf_json_get(object, "weights");
-    TRY(measure_weights(r, weights, &head.num_classes, &head.num_terms));
+    RF_TRY(measure_weights(r, weights, &head.num_classes, &head.num_terms));
     const char *blocks = NULL;
     bool any = false, any_rows = false;
-    TRY(rf_json_get_string(r->doc, object, "blocks", &blocks, r->err));
-    TRY(read_blocks(r, blocks, head.kind, NULL, &any, &any_rows));
+    RF_TRY(rf_json_get_string(r->doc, object, "blocks", &blocks, r->err));
+    RF_TRY(read_blocks(r, blocks, head.kind, NULL, &any, &any_rows));
 
     size_t parts = (size_t)info->num_blocks * (size_t)info->num_parts;
     size_t num_weights = (size_t)head.num_classes * (size_t)head.num_terms;
     size_t bytes =
         sizeof head + num_weights * sizeof(float) + (any_rows ? parts * sizeof(int32_t) : 0) + (any ? parts : 0);
     entry *e = NULL;
-    TRY(add_entry(r, bytes, &e));
+    RF_TRY(add_entry(r, bytes, &e));
     *e = head;
     e->weights = (float *)(e + 1);
     int32_t *rows = (int32_t *)(e->weights + num_weights);
     if (any_rows) e->rows = rows;
     if (any) e->parts = (uint8_t *)(any_rows ? rows + parts : rows);
-    TRY(read_weights(r, weights, e->weights));
-    if (any) TRY(read_blocks(r, blocks, head.kind, e->parts, &any, &any_rows));
-    if (any_rows) TRY(read_rows(r, rf_json_get(object, "rows"), e->parts, e->rows));
+    RF_TRY(read_weights(r, weights, e->weights));
+    if (any) RF_TRY(read_blocks(r, blocks, head.kind, e->parts, &any, &any_rows));
+    if (any_rows) RF_TRY(read_rows(r, rf_json_get(object, "rows"), e->parts, e->rows));
     return RF_OK;
 }
 
@@ -664,7 +658,7 @@ static rf_status read_entry(reader *r, const rf_json_value *object) {
 static rf_status assign(reader *r, const rf_json_value *number, int *num_told) {
     rf_trace *t = r->trace;
     int image = 0;
-    TRY(element_int(r, number, "'image'", r->first_image, (int64_t)r->first_image + r->batch - 1, &image));
+    RF_TRY(element_int(r, number, "'image'", r->first_image, (int64_t)r->first_image + r->batch - 1, &image));
     int32_t *at = &t->index[(int64_t)(r->batch_begin + image - r->first_image) * t->info.num_steps + r->step];
     if (*at >= 0) return bad(r, "image %d is told twice", image);
     *at = t->num_entries - 1;
@@ -675,7 +669,7 @@ static rf_status assign(reader *r, const rf_json_value *number, int *num_told) {
 static rf_status read_step(reader *r, const rf_json_value *root) {
     int step = 0, num_told = 0;
     if (!r->trace->policy) return bad(r, "no header line (\"trace\":1) in front of a step");
-    TRY(get_int(r, root, "step", 0, MAX_STEPS, &step));
+    RF_TRY(get_int(r, root, "step", 0, MAX_STEPS, &step));
     if (r->step == r->trace->info.num_steps) return bad(r, "step %d after the last one of its batch", step);
     if (step != r->step) return bad(r, "step %d where step %d belongs", step, r->step);
     const rf_json_value *images = rf_json_get(root, "images");
@@ -684,12 +678,12 @@ static rf_status read_step(reader *r, const rf_json_value *root) {
         if (!rf_json_is_object(object)) return bad(r, "'images' must hold objects");
         const rf_json_value *number = rf_json_get(object, "image");
         if (!number) return bad(r, "an entry of 'images' without 'image'");
-        TRY(read_entry(r, object));
+        RF_TRY(read_entry(r, object));
         if (!rf_json_is_array(number)) {
-            TRY(assign(r, number, &num_told));
+            RF_TRY(assign(r, number, &num_told));
             continue;
         }
-        for (const rf_json_value *v = rf_json_first(number); v; v = rf_json_next(v)) TRY(assign(r, v, &num_told));
+        for (const rf_json_value *v = rf_json_first(number); v; v = rf_json_next(v)) RF_TRY(assign(r, v, &num_told));
     }
     if (num_told != r->batch) return bad(r, "step %d tells of %d images, expected %d", step, num_told, r->batch);
     r->step++;
@@ -700,7 +694,7 @@ static rf_status read_step(reader *r, const rf_json_value *root) {
 
 static rf_status read_line(reader *r, const char *text, size_t bytes, const char *name) {
     rf_json *doc = NULL;
-    TRY(rf_json_parse(&doc, text, bytes, name, r->err));
+    RF_TRY(rf_json_parse(&doc, text, bytes, name, r->err));
     r->doc = doc;
     const rf_json_value *root = rf_json_root(doc);
     rf_status st = RF_OK;
@@ -724,7 +718,7 @@ static rf_status read_lines(reader *r, const char *text, size_t bytes, const cha
         if (len == 0) continue;
         char name[400];
         snprintf(name, sizeof name, "%.360s:%lld", path, line);
-        TRY(read_line(r, begin, len, name));
+        RF_TRY(read_line(r, begin, len, name));
     }
     const rf_trace_info *info = &r->trace->info;
     if (!r->trace->policy) return rf_fail(r->err, RF_ERR_FORMAT, "%.360s: not a trace: no line in it", path);
@@ -739,7 +733,7 @@ rf_status rf_trace_open(rf_trace **out, const char *path, rf_error *err) {
     *out = NULL;
     char *text = NULL;
     size_t bytes = 0;
-    TRY(rf_file_read(path, MAX_FILE_BYTES, &text, &bytes, err));
+    RF_TRY(rf_file_read(path, MAX_FILE_BYTES, &text, &bytes, err));
     reader r = {.trace = rf_alloc_zero(1, sizeof *r.trace), .err = err};
     rf_status st = r.trace ? read_lines(&r, text, bytes, path)
                            : rf_fail(err, RF_ERR_MEMORY, "%.360s: no memory for a trace", path);

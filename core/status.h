@@ -48,6 +48,13 @@ rf_status rf_fail_prefix(rf_error *err, rf_status status, const char *format, ..
 #endif
     ;
 
+/* Hands a failure on: for functions that own nothing at that point. */
+#define RF_TRY(call)                                                                                                   \
+    do {                                                                                                               \
+        rf_status try_status = (call);                                                                                 \
+        if (try_status != RF_OK) return try_status;                                                                    \
+    } while (0)
+
 /* A short name: "argument", "io", ... static storage. */
 const char *rf_status_name(rf_status status);
 

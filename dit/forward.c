@@ -19,12 +19,6 @@
 #include "core/arena.h"
 #include "core/memory.h"
 
-#define RF_TRY(call)                                                                                                   \
-    do {                                                                                                               \
-        rf_status try_status = (call);                                                                                 \
-        if (try_status != RF_OK) return try_status;                                                                    \
-    } while (0)
-
 typedef struct {
     /* activations */
     void *patches, *x, *h, *y, *wide, *attn;

@@ -34,12 +34,6 @@
 
 #define RF_INLINE static inline __attribute__((always_inline))
 
-#define RF_TRY(call)                                                                                                   \
-    do {                                                                                                               \
-        rf_status st_ = (call);                                                                                        \
-        if (st_ != RF_OK) return st_;                                                                                  \
-    } while (0)
-
 RF_INLINE int rf_cpu_threads(const rf_stream *stream) {
     int num = rf_backend_num_threads(rf_stream_backend(stream));
     return num < 1 ? 1 : num;

@@ -367,26 +367,23 @@ static rf_status write_table(const char *path, const char *name, cJSON *table, r
 }
 
 static rf_status calibrate(const calibrate_args *a, rf_error *err) {
-    char *model_path = NULL, *output = NULL;
+    char *output = NULL;
     rf_log log = program_log(a->quiet ? -1 : 0);
-    rf_backend *backend = NULL;
-    rf_image_model *model = NULL;
     rf_policy *policy = NULL;
     rf_image_session *session = NULL;
-    rf_dtype dtype;
     cJSON *table = NULL;
     bool sparse = strcmp(a->what, "diffsparse") == 0;
     int batch = (int)a->num_images, classes[64];
     uint64_t seeds[64];
     double begin = now_ms();
     rf_image_options o = rf_image_options_default();
-    rf_status st = find_model(&model_path, a->model, err);
-    if (st == RF_OK) st = rf_backend_open(&backend, a->device, (int)a->threads, err);
-    if (st == RF_OK) rf_backend_set_log(backend, &log);
+    opened_model opened;
+    rf_status st = open_image_model(&opened, a->model, NULL, a->device, (int)a->threads, "auto", &log, err);
+    char *model_path = opened.path;
+    rf_backend *backend = opened.backend;
+    rf_image_model *model = opened.model;
     if (st == RF_OK && sparse && rf_backend_get_kind(backend) != RF_BACKEND_CPU)
         st = rf_fail(err, RF_ERR_UNSUPPORTED, "calibrate diffsparse looks at hidden states and runs on the CPU only");
-    if (st == RF_OK) st = dtype_for(&dtype, "auto", backend, err);
-    if (st == RF_OK) st = rf_image_model_load(&model, backend, model_path, dtype, err);
     if (st == RF_OK) {
         int num_classes = rf_image_model_get_info(model).num_classes;
         for (int i = 0; i < batch; i++) {

@@ -150,28 +150,15 @@ static rf_status make_plan(sweep_run *run, rf_error *err) {
 
 static rf_status open_model(sweep_run *run, rf_error *err) {
     const sweep_args *a = &run->args;
-    rf_status st = RF_OK;
-    if (a->synthetic) {
-        run->model_path = rf_strdup(a->synthetic);
-        if (!run->model_path) st = rf_fail(err, RF_ERR_MEMORY, "%s: no memory for its name", a->synthetic);
-    } else {
-        st = find_model(&run->model_path, a->model, err);
-    }
-    if (st == RF_OK) st = rf_backend_open(&run->backend, a->device, (int)a->threads, err);
-    if (st == RF_OK) {
-        rf_backend_set_log(run->backend, &run->log);
-        st = dtype_for(&run->dtype, a->dtype, run->backend, err);
-    }
-    if (st == RF_OK && a->synthetic) {
-        st = rf_image_model_synthetic(&run->model, run->backend, a->synthetic, run->dtype, 0, err);
-    } else if (st == RF_OK) {
-        st = rf_image_model_load(&run->model, run->backend, run->model_path, run->dtype, err);
-    }
+    opened_model opened;
+    rf_status st =
+        open_image_model(&opened, a->model, a->synthetic, a->device, (int)a->threads, a->dtype, &run->log, err);
+    run->model_path = opened.path;
+    run->model_name = opened.name;
+    run->backend = opened.backend;
+    run->dtype = opened.dtype;
+    run->model = opened.model;
     if (st != RF_OK) return st;
-    size_t len = strlen(run->model_path);
-    while (len > 1 && run->model_path[len - 1] == '/') run->model_path[--len] = 0;
-    const char *slash = strrchr(run->model_path, '/');
-    run->model_name = slash && slash[1] ? slash + 1 : run->model_path;
     run->warms_up = rf_backend_get_kind(run->backend) == RF_BACKEND_CUDA;
     run->repeats = a->repeats ? (int)a->repeats : run->warms_up ? 3 : 2;
     return RF_OK;

@@ -201,3 +201,31 @@ void format_bytes(char *out, size_t out_bytes, double bytes) {
     }
     snprintf(out, out_bytes, unit == 0 ? "%.0f %s" : "%.1f %s", bytes, units[unit]);
 }
+
+rf_status open_image_model(opened_model *out, const char *name, const char *synthetic, const char *device, int threads,
+                           const char *dtype, const rf_log *log, rf_error *err) {
+    rf_status st = RF_OK;
+    *out = (opened_model){0};
+    if (synthetic) {
+        out->path = rf_strdup(synthetic);
+        if (!out->path) st = rf_fail(err, RF_ERR_MEMORY, "%s: no memory for its name", synthetic);
+    } else {
+        st = find_model(&out->path, name, err);
+    }
+    if (st == RF_OK) st = rf_backend_open(&out->backend, device, threads, err);
+    if (st == RF_OK) {
+        rf_backend_set_log(out->backend, log);
+        st = dtype_for(&out->dtype, dtype, out->backend, err);
+    }
+    if (st == RF_OK && synthetic) {
+        st = rf_image_model_synthetic(&out->model, out->backend, synthetic, out->dtype, 0, err);
+    } else if (st == RF_OK) {
+        st = rf_image_model_load(&out->model, out->backend, out->path, out->dtype, err);
+    }
+    if (st != RF_OK) return st;
+    size_t len = strlen(out->path);
+    while (len > 1 && out->path[len - 1] == '/') out->path[--len] = 0;
+    const char *slash = strrchr(out->path, '/');
+    out->name = slash && slash[1] ? slash + 1 : out->path;
+    return RF_OK;
+}

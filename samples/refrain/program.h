@@ -6,6 +6,7 @@
 #define REFRAIN_PROGRAM_H
 
 #include "core/backend.h"
+#include "dit/pipeline.h"
 
 #ifndef RF_VERSION
 #define RF_VERSION "unknown"
@@ -53,6 +54,18 @@ rf_status dtype_for(rf_dtype *out, const char *name, const rf_backend *backend, 
  * (../samples/models) or in its install folder (../share/refrain/models). NULL stands for the shipped sample model.
  * *out is rf_free'd by the caller. */
 rf_status find_model(char **out, const char *name, rf_error *err);
+
+/* A device and an image model on it. Also after a failure what is there must be given back: close model and backend, free path. */
+typedef struct {
+    char *path;       /* as loaded; of a synthetic model its config */
+    const char *name; /* last element of path, for people */
+    rf_backend *backend;
+    rf_dtype dtype;
+    rf_image_model *model;
+} opened_model;
+/* name: as for find_model; synthetic: a config whose weights are drawn, or NULL. log stays with the backend. */
+rf_status open_image_model(opened_model *out, const char *name, const char *synthetic, const char *device, int threads,
+                           const char *dtype, const rf_log *log, rf_error *err);
 
 /* $XDG_CACHE_HOME/refrain/gemm-tuning (default ~/.cache), making the folders if `create`; NULL if there is no home. rf_free. */
 char *tuning_cache_path(bool create);
