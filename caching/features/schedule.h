@@ -54,6 +54,38 @@ static inline void rf_schedule_keep_last(const rf_cache_shape *shape, rf_cache_l
     layout->spans[0] = (rf_cache_span){.begin = 0, .end = shape->num_blocks, .depth = depth};
 }
 
+#define RF_SCHEDULE_MAX_LAST_ORDER 3 /* four hidden states */
+
+/* Setup of TaylorSeer and HiCache: rings for a prediction of this order, of all parts or of the last hidden state. */
+static inline rf_status rf_schedule_setup(const rf_policy *policy, const rf_cache_shape *shape, rf_cache_layout *layout,
+                                          int order, int first, bool last, rf_error *err) {
+    if (last && order > RF_SCHEDULE_MAX_LAST_ORDER)
+        return rf_fail(err, RF_ERR_ARGUMENT, "%s: mode=last keeps at most %d hidden states, order %d needs %d",
+                       rf_policy_get_def(policy)->name, RF_SCHEDULE_MAX_LAST_ORDER + 1, order, order + 1);
+    if (order > 0) RF_TRY(rf_policy_refuse_stochastic(policy, shape, err));
+    RF_TRY(rf_policy_refuse_few_steps(policy, shape, rf_schedule_min_steps(first + 1), err));
+    layout->is_static = true;
+    if (last)
+        rf_schedule_keep_last(shape, layout, order + 1);
+    else
+        rf_schedule_keep_parts(shape, layout, order + 1);
+    return RF_OK;
+}
+
+/* A threshold on sums kept by branch: adds change[b], and says whether any sum has reached the threshold. The larger sum is what the
+ * plan reports; what is not a number asks for a FULL step. */
+static inline bool rf_schedule_add_up(double sums[2], const double change[2], int branches, double threshold,
+                                      rf_step_plan *plan) {
+    bool full = false;
+    plan->threshold = threshold;
+    for (int b = 0; b < branches; b++) {
+        sums[b] += change[b];
+        full |= !(sums[b] < threshold);
+        if (b == 0 || !(sums[b] <= plan->statistic)) plan->statistic = sums[b];
+    }
+    return full;
+}
+
 /* No block runs: every part comes from its ring. */
 static inline void rf_schedule_skip_parts(const rf_cache_shape *shape, rf_step_plan *plan) {
     plan->kind = RF_STEP_SKIP;

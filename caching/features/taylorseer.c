@@ -19,7 +19,6 @@
 enum { INTERVAL, ORDER, FIRST, MODE, PREDICTOR, NUM_OPTIONS };
 enum { PARTS, LAST };
 enum { TAYLOR, NEWTON };
-#define MAX_LAST_ORDER 3 /* 4 hidden states */
 
 static const rf_policy_option options[NUM_OPTIONS] = {
     [INTERVAL] = {"interval", RF_OPTION_INT, "4", 1, 10000, NULL,
@@ -33,23 +32,8 @@ static const rf_policy_option options[NUM_OPTIONS] = {
 };
 
 static rf_status setup(const rf_policy *policy, const rf_cache_shape *shape, rf_cache_layout *layout, rf_error *err) {
-    int order = (int)rf_policy_int(policy, ORDER);
-    bool last = rf_policy_int(policy, MODE) == LAST;
-    if (last && order > MAX_LAST_ORDER) {
-        return rf_fail(err, RF_ERR_ARGUMENT, "taylorseer: mode=last keeps at most %d hidden states, order %d needs %d",
-                       MAX_LAST_ORDER + 1, order, order + 1);
-    }
-    rf_status st = order > 0 ? rf_policy_refuse_stochastic(policy, shape, err) : RF_OK;
-    if (st != RF_OK) return st;
-    st = rf_policy_refuse_few_steps(policy, shape, rf_schedule_min_steps((int)rf_policy_int(policy, FIRST) + 1), err);
-    if (st != RF_OK) return st;
-    layout->is_static = true;
-    if (last) {
-        rf_schedule_keep_last(shape, layout, order + 1);
-    } else {
-        rf_schedule_keep_parts(shape, layout, order + 1);
-    }
-    return RF_OK;
+    return rf_schedule_setup(policy, shape, layout, (int)rf_policy_int(policy, ORDER),
+                             (int)rf_policy_int(policy, FIRST), rf_policy_int(policy, MODE) == LAST, err);
 }
 
 static void plan(const rf_policy *policy, void *state, const rf_step_ctx *ctx, rf_step_plan *out) {

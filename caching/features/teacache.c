@@ -206,14 +206,9 @@ static void plan_step(const rf_policy *policy, void *state, const rf_step_ctx *c
     bool full = true;
     rf_schedule_begin_plan(ctx, plan);
     if (!is_fixed(policy, ctx)) {
-        full = false;
-        plan->threshold = rf_policy_double(policy, THRESHOLD);
-        plan->statistic = -UNKNOWN_CHANGE;
-        for (int b = 0; b < branches; b++) {
-            s->acc[b] += change_of(policy, ctx, b);
-            full |= !(s->acc[b] < plan->threshold);
-            if (!(s->acc[b] <= plan->statistic)) plan->statistic = s->acc[b];
-        }
+        double change[2] = {0};
+        for (int b = 0; b < branches; b++) change[b] = change_of(policy, ctx, b);
+        full = rf_schedule_add_up(s->acc, change, branches, rf_policy_double(policy, THRESHOLD), plan);
     }
     if (full) s->acc[0] = s->acc[1] = 0;
     plan->kind = full ? RF_STEP_FULL : RF_STEP_SKIP;
