@@ -1,10 +1,12 @@
 /* caching/cache.c - the planning side of the runtime: memory, groups, read-backs, counters, trace.
  *
- * Rings. Every ring is [depth][G][N][columns]; image i's n-th push goes to slot n % depth. Weights come from a policy by age and go to
+ * Rings. Every ring is [slots][G][N][columns]; slot_of says where image i's n-th push goes. Weights come from a policy by age and go to
  * the device by slot, so a batch whose images have different histories still reads one ring with one kernel.
+ * Carry. Nothing is copied from run to run: what is carried stays in its slot, and is history while the image has stored nothing else.
  * Groups. Two images are in one group if their plans have the same structure (weights may differ). A kind of step is known by the
  * hash of that structure: what a captured graph depends on. */
 #include <math.h>
+#include <stdio.h>
 #include <string.h>
 #include <time.h>
 
@@ -21,6 +23,17 @@ static double now_ms(void) {
 
 /* --- layout -------------------------------------------------------------------------------------------------------------- */
 
+static rf_status refuse_carry(const rf_cache *c, rf_error *err) {
+    char list[256] = "";
+    for (int i = 0; i < rf_policy_count(); i++) {
+        const rf_policy_def *def = rf_policy_at(i);
+        size_t used = strlen(list);
+        if (def->carries) snprintf(list + used, sizeof list - used, "%s%s", used ? ", " : "", def->name);
+    }
+    return rf_fail(err, RF_ERR_UNSUPPORTED, "policy %s keeps no history between frames (those that do: %s)",
+                   c->def->name, list);
+}
+
 /* What a policy may declare and the runtime cannot do is a mistake in the policy: found here, not in the loop. */
 static rf_status check_layout(const rf_cache *c, rf_error *err) {
     const rf_cache_layout *l = &c->layout;
@@ -30,7 +43,7 @@ static rf_status check_layout(const rf_cache *c, rf_error *err) {
         if (l->part_depth[k] == 0) continue;
         if (part_depth != 0 && l->part_depth[k] != part_depth) what = "part rings of different depths";
         part_depth = l->part_depth[k];
-        if (part_depth < 0 || part_depth > RF_MAX_TERMS) what = "a part ring deeper than 8";
+        if (part_depth < 0 || rf_cache_slots(c, part_depth) > RF_MAX_TERMS) what = "a part ring deeper than 8";
     }
     for (int i = 0; i < RF_CACHE_MAX_SPANS; i++) {
         const rf_cache_span *s = &l->spans[i];
@@ -39,8 +52,8 @@ static rf_status check_layout(const rf_cache *c, rf_error *err) {
         if (span_depth != 0 && s->depth != span_depth) what = "spans of different depths";
         span_depth = s->depth;
     }
-    if (span_depth < 0 || span_depth > RF_CACHE_MAX_TERMS || l->output_depth < 0 ||
-        l->output_depth > RF_CACHE_MAX_TERMS)
+    if (span_depth < 0 || rf_cache_slots(c, span_depth) > RF_CACHE_MAX_TERMS || l->output_depth < 0 ||
+        rf_cache_slots(c, l->output_depth) > RF_CACHE_MAX_TERMS)
         what = "a ring deeper than 64";
     if (l->curvature.used && (l->output_depth != 3 || l->output_delta || l->num_classes != RF_CACHE_MAX_CLASSES ||
                               l->curvature.horizon < 0 || l->curvature.horizon > RF_CACHE_MAX_HORIZON))
@@ -49,6 +62,7 @@ static rf_status check_layout(const rf_cache *c, rf_error *err) {
     if (l->tokens.used && part_depth != 1) what = "token rows without part rings of depth 1";
     if (l->probe_blocks < 0 || l->probe_blocks > c->shape.num_blocks) what = "a probe longer than the model";
     if (what != NULL) return rf_fail(err, RF_ERR_STATE, "policy %s asks for %s", c->def->name, what);
+    if (c->options.carry != RF_CARRY_OFF && !c->def->carries) return refuse_carry(c, err);
     if (l->never_refreshes && c->options.max_drift > 0)
         return rf_fail(err, RF_ERR_UNSUPPORTED,
                        "policy %s computes no full step after the first: there is nothing for a drift guard to check",
@@ -56,7 +70,33 @@ static rf_status check_layout(const rf_cache *c, rf_error *err) {
     return RF_OK;
 }
 
-/* Rings of parts, sites of one kind side by side. */
+/* Token rows: a score from the block's attention, one choice for all its parts. */
+static rf_status check_row_blocks(const rf_cache *c, rf_error *err) {
+    const rf_cache_shape *s = &c->shape;
+    for (int b = 0; b < s->num_blocks; b++) {
+        int num[RF_CACHE_NUM_KINDS] = {0}, num_parts = 0;
+        for (int p = 0; p < s->num_parts; p++) {
+            int at = b * s->num_parts + p;
+            if (c->site_of[at] < 0) continue;
+            num[s->part_kinds[at]]++;
+            num_parts++;
+        }
+        bool fits = num[RF_CACHE_SELF] == 1 && num[RF_CACHE_MLP] >= 1 &&
+                    num_parts == 1 + num[RF_CACHE_MLP] + num[RF_CACHE_TEMPORAL];
+        if (num_parts > 0 && !fits)
+            return rf_fail(err, RF_ERR_UNSUPPORTED,
+                           "policy %s: token rows need blocks of one self-attention and MLPs, block %d is not",
+                           c->def->name, b);
+    }
+    if (c->layout.tokens.attention_rows && c->options.max_drift > 0 && s->batch > 1)
+        return rf_fail(
+            err, RF_ERR_UNSUPPORTED,
+            "policy %s: the drift guard with renewed attention rows works on one picture at a time (--batch 1)",
+            c->def->name);
+    return RF_OK;
+}
+
+/* Rings of parts. */
 static rf_status map_sites(rf_cache *c, rf_error *err) {
     const rf_cache_shape *s = &c->shape;
     int parts = s->num_blocks * s->num_parts;
@@ -64,17 +104,13 @@ static rf_status map_sites(rf_cache *c, rf_error *err) {
     c->attention_of = rf_alloc((size_t)s->num_blocks * sizeof(int));
     if (c->site_of == NULL || c->attention_of == NULL) return rf_fail(err, RF_ERR_MEMORY, "out of memory for a cache");
     c->last_part = -1;
-    for (int i = 0; i < parts; i++) c->site_of[i] = -1;
-    for (int kind = 0; kind < RF_CACHE_NUM_KINDS; kind++) {
-        c->first_site[kind] = c->num_sites;
-        if (c->layout.part_depth[kind] == 0) continue;
-        c->part_depth = c->layout.part_depth[kind];
-        for (int i = 0; i < parts; i++)
-            if (s->part_kinds[i] == kind) {
-                c->site_of[i] = c->num_sites++;
-                c->kind_sites[kind]++;
-                if (i > c->last_part) c->last_part = i;
-            }
+    for (int i = 0; i < parts; i++) {
+        int kind = s->part_kinds[i], depth = kind < RF_CACHE_NUM_KINDS ? c->layout.part_depth[kind] : 0;
+        c->site_of[i] = -1;
+        if (depth == 0) continue;
+        c->part_depth = depth;
+        c->site_of[i] = c->num_sites++;
+        c->last_part = i;
     }
     for (int b = 0; b < s->num_blocks; b++) {
         c->attention_of[b] = -1;
@@ -82,18 +118,49 @@ static rf_status map_sites(rf_cache *c, rf_error *err) {
             if (s->part_kinds[b * s->num_parts + p] == RF_CACHE_SELF && c->attention_of[b] < 0)
                 c->attention_of[b] = c->num_attention++;
     }
-    if (!c->layout.tokens.used) return RF_OK;
-    for (int kind = 0; kind < RF_CACHE_NUM_KINDS; kind++) {
-        bool can = kind == RF_CACHE_SELF || kind == RF_CACHE_MLP;
-        if (c->kind_sites[kind] > 0 && (!can || c->kind_sites[kind] != c->num_attention))
-            return rf_fail(err, RF_ERR_UNSUPPORTED,
-                           "policy %s: token rows need blocks of one self-attention and one MLP each", c->def->name);
+    return c->layout.tokens.used ? check_row_blocks(c, err) : RF_OK;
+}
+
+/* The streams of the output, as policies with classes of rows see them. */
+static rf_status map_streams(rf_cache *c, rf_error *err) {
+    const rf_cache_shape *s = &c->shape;
+    c->num_streams = s->num_streams > 0 ? s->num_streams : 1;
+    c->class_cells = 1;
+    if (c->num_streams > RF_CACHE_MAX_STREAMS)
+        return rf_fail(err, RF_ERR_UNSUPPORTED, "%d streams of an output, at most %d", s->num_streams,
+                       RF_CACHE_MAX_STREAMS);
+    rf_cache_stream *streams = rf_alloc((size_t)c->num_streams * sizeof *streams);
+    if (streams == NULL) return rf_fail(err, RF_ERR_MEMORY, "out of memory for a cache");
+    c->streams = streams;
+    int64_t area = 0, unit = s->out_cols;
+    for (int i = 0; i < c->num_streams; i++) {
+        rf_cache_stream all = {0, s->tokens, 0, s->pred_cols}, *to = &streams[i];
+        *to = s->num_streams > 0 ? s->streams[i] : all;
+        if (to->col_begin == 0 && to->col_end == 0) to->col_end = s->pred_cols;
+        bool fits = to->row_begin >= 0 && to->row_begin < to->row_end && to->row_end <= s->tokens &&
+                    to->col_begin >= 0 && to->col_begin < to->col_end && to->col_end <= s->pred_cols;
+        for (int j = 0; j < i; j++)
+            fits &= to->row_end <= streams[j].row_begin || streams[j].row_end <= to->row_begin ||
+                    to->col_end <= streams[j].col_begin || streams[j].col_end <= to->col_begin;
+        if (!fits)
+            return rf_fail(err, RF_ERR_ARGUMENT,
+                           "stream %d of the output is rows %lld..%lld, columns %lld..%lld of %lld x %lld, or meets "
+                           "another",
+                           i, (long long)to->row_begin, (long long)to->row_end, (long long)to->col_begin,
+                           (long long)to->col_end, (long long)s->tokens, (long long)s->pred_cols);
+        area += (to->row_end - to->row_begin) * (to->col_end - to->col_begin);
+        const int64_t edges[] = {to->col_begin, to->col_end};
+        for (int e = 0; e < 2; e++)
+            for (int64_t a = edges[e] < s->pred_cols ? edges[e] : 0; a != 0;) { /* unit = gcd(unit, a) */
+                int64_t rest = unit % a;
+                unit = a;
+                a = rest;
+            }
     }
-    if (c->layout.tokens.attention_rows && c->options.max_drift > 0 && s->batch > 1)
-        return rf_fail(
-            err, RF_ERR_UNSUPPORTED,
-            "policy %s: the drift guard with renewed attention rows works on one picture at a time (--batch 1)",
-            c->def->name);
+    if (area != s->tokens * s->pred_cols)
+        return rf_fail(err, RF_ERR_ARGUMENT, "the streams of the output leave some of its %lld rows x %lld columns out",
+                       (long long)s->tokens, (long long)s->pred_cols);
+    c->class_cells = s->out_cols / unit;
     return RF_OK;
 }
 
@@ -113,9 +180,11 @@ block_view rf_cache_block_view(const rf_cache *c, char *base) {
         {(void **)&v.write_span, groups},
         {(void **)&v.write_part, groups},
         {(void **)&v.newest_span, groups},
+        {(void **)&v.write_probe, groups},
+        {(void **)&v.newest_probe, groups},
         {(void **)&v.ages, 3 * groups},
         {(void **)&v.gaps, 2 * groups},
-        {(void **)&v.counts, (size_t)c->num_sites + 1}, /* and the step, for random selection */
+        {(void **)&v.counts, (size_t)c->num_attention + 1}, /* and the step, for random selection */
         {(void **)&v.weights, groups * (size_t)c->num_classes * (size_t)c->num_slots},
     };
     for (size_t i = 0; i < sizeof list / sizeof *list; i++) {
@@ -149,7 +218,7 @@ static rf_status take_buffers(rf_cache *c, rf_arena *arena, rf_error *err) {
     bool lse = l->tokens.used && !l->tokens.value_score && !l->tokens.random;
     size_t scratch = measures ? (spans || c->num_sites ? hidden : 0) : 0;
     if (measures && outputs > scratch && l->output_depth > 0) scratch = outputs;
-    size_t sites = (size_t)c->num_sites, token_sites = l->tokens.used ? sites : 0;
+    size_t sites = (size_t)c->num_sites, choices = l->tokens.used ? (size_t)c->num_attention : 0;
     struct {
         void **slot;
         const char *name;
@@ -161,17 +230,17 @@ static rf_status take_buffers(rf_cache *c, rf_arena *arena, rf_error *err) {
         {(void **)&d->input_prev, "earlier model input", in_step ? inputs : 0, 4},
         {(void **)&d->input_ref, "stored model input", in_refresh ? inputs : 0, 4},
         {&d->modulated_prev, "earlier modulated input", m >> RF_SIGNAL_MODULATED_STEP & 1 ? hidden : 0, feature},
-        {(void **)&d->output_ring, "outputs", outputs * (size_t)l->output_depth, 4},
+        {(void **)&d->output_ring, "outputs", outputs * (size_t)rf_cache_slots(c, l->output_depth), 4},
         {(void **)&d->output_ref, "stored output", m >> RF_SIGNAL_OUTPUT_REFRESH & 1 ? outputs : 0, 4},
-        {&d->span_ring[0], "span", hidden * (size_t)l->spans[0].depth, feature},
-        {&d->span_ring[1], "second span", hidden * (size_t)l->spans[1].depth, feature},
+        {&d->span_ring[0], "span", hidden * (size_t)rf_cache_slots(c, l->spans[0].depth), feature},
+        {&d->span_ring[1], "second span", hidden * (size_t)rf_cache_slots(c, l->spans[1].depth), feature},
         {&d->span_in[0], "span input", l->spans[0].depth && l->spans[0].delta ? hidden : 0, residual},
         {&d->span_in[1], "second span input", l->spans[1].depth && l->spans[1].delta ? hidden : 0, residual},
-        {&d->part_ring, "part outputs", hidden * sites * (size_t)c->part_depth, feature},
+        {&d->part_ring, "part outputs", hidden * sites * (size_t)rf_cache_slots(c, c->part_depth), feature},
         {&d->probe_in, "probe input", probe ? hidden : 0, residual},
         {&d->probe_x, "probe state", probe ? hidden : 0, residual},
         {&d->probe_now, "probe residual", probe ? hidden : 0, feature},
-        {&d->probe_ref, "stored probe residual", probe ? hidden : 0, feature},
+        {&d->probe_ref, "stored probe residual", probe ? hidden * (size_t)rf_cache_slots(c, 1) : 0, feature},
         {&d->scratch[0], "scratch", scratch, 4},
         {&d->scratch[1], "second scratch", measures && spans ? hidden : 0, 4},
         {&d->verify[0], "computed state", verify ? hidden : 0, residual},
@@ -181,20 +250,20 @@ static rf_status take_buffers(rf_cache *c, rf_arena *arena, rf_error *err) {
         {(void **)&d->reduce_workspace, "reduction workspace", measures ? groups * 256 * 4 : 0, 4},
         {(void **)&d->curvature_workspace, "curvature workspace",
          l->curvature.used ? rf_curvature_workspace_bytes(c->all_groups, s->tokens) : 0, 1},
-        {(void **)&d->kappa, "curvature", l->curvature.used ? rows : 0, 4},
-        {(void **)&d->row_class, "row classes", l->curvature.used ? rows : 0, 1},
+        {(void **)&d->kappa, "curvature", l->curvature.used ? rows * (size_t)c->num_streams : 0, 4},
+        {(void **)&d->row_class, "row classes", l->curvature.used ? rows * (size_t)c->class_cells : 0, 1},
         {(void **)&d->row_scores, "row scores", l->tokens.used ? rows * (size_t)c->num_attention : 0, 4},
-        {(void **)&d->ages, "row ages", rows * token_sites, 4},
-        {(void **)&d->select_workspace, "selection workspace", rows * token_sites, 4},
+        {(void **)&d->ages, "row ages", rows * choices, 4},
+        {(void **)&d->select_workspace, "selection workspace", rows * choices, 4},
         {(void **)&d->score_workspace, "score workspace",
          l->tokens.used && !l->tokens.random
              ? rf_row_score_workspace_bytes(c->all_groups, s->tokens, c->dtypes.num_heads)
              : 0,
          1},
         {(void **)&d->lse, "log-sum-exp", lse ? rows * (size_t)c->dtypes.num_heads : 0, 4},
-        {(void **)&d->rows_packed, "row lists", rows * token_sites, 4},
-        {(void **)&d->rows_state, "row lists in state", rows * token_sites, 4},
-        {(void **)&d->place, "row places", rows * token_sites, 4},
+        {(void **)&d->rows_packed, "row lists", rows * choices, 4},
+        {(void **)&d->rows_state, "row lists in state", rows * choices, 4},
+        {(void **)&d->place, "row places", rows * choices, 4},
         {&d->qkv, "queries, keys, values", l->tokens.attention_rows ? 3 * hidden * (size_t)c->num_attention : 0,
          feature},
     };
@@ -241,13 +310,14 @@ static rf_status allocate_host(rf_cache *c, rf_error *err) {
     c->plan_parts = rf_alloc_zero(plans, parts);
     c->plan_rows = rf_alloc_zero(plans, parts * sizeof *c->plan_rows);
     c->plan_forced = rf_alloc_zero(plans, sizeof *c->plan_forced);
+    c->plan_carried = rf_alloc_zero(plans, sizeof *c->plan_carried);
     c->plan_measured = rf_alloc_zero(plans, sizeof *c->plan_measured);
     c->kinds = rf_alloc_zero(plans, 1);
     c->groups = rf_alloc_zero(2 * batch, sizeof *c->groups);
     c->members = rf_alloc_zero(2 * batch * batch, sizeof *c->members);
     c->last_block = rf_alloc_zero(1, c->block_bytes);
     if (!c->states || !c->images || !c->plans || !c->plan_parts || !c->plan_rows || !c->plan_forced ||
-        !c->plan_measured || !c->kinds || !c->groups || !c->members || !c->last_block)
+        !c->plan_carried || !c->plan_measured || !c->kinds || !c->groups || !c->members || !c->last_block)
         return rf_fail(err, RF_ERR_MEMORY, "out of memory for a cache of %d steps", c->shape.num_steps);
     for (size_t i = 0; i < batch; i++) c->images[i].state = (char *)c->states + i * c->def->state_bytes;
     for (size_t i = 0; i < plans; i++) {
@@ -295,19 +365,21 @@ rf_status rf_cache_create(rf_cache **out, const rf_policy *policy, const rf_cach
     if (st == RF_OK) st = c->def->setup(policy, &c->shape, &c->layout, err);
     if (st == RF_OK) st = check_layout(c, err);
     if (st == RF_OK) st = map_sites(c, err);
+    if (st == RF_OK) st = map_streams(c, err);
+    c->shape.num_streams = c->num_streams;
+    c->shape.streams = c->streams;
     if (st == RF_OK) {
         const rf_cache_layout *l = &c->layout;
         c->num_classes = l->num_classes > 1 ? l->num_classes : 1;
-        c->num_slots = c->part_depth;
-        if (l->output_depth > c->num_slots) c->num_slots = l->output_depth;
+        int depth = c->part_depth > l->output_depth ? c->part_depth : l->output_depth;
         for (int i = 0; i < RF_CACHE_MAX_SPANS; i++)
-            if (l->spans[i].depth > c->num_slots) c->num_slots = l->spans[i].depth;
-        if (c->num_slots == 0) c->num_slots = 1;
+            if (l->spans[i].depth > depth) depth = l->spans[i].depth;
+        c->num_slots = depth > 0 ? rf_cache_slots(c, depth) : 1;
         c->horizon = l->curvature.used ? l->curvature.horizon : 0;
         c->signals = l->signals;
         if (options->record || options->max_drift > 0) c->signals |= 1u << RF_SIGNAL_DRIFT;
         c->reads = options->record || options->max_drift > 0 || !l->is_static;
-        c->signal_floats = (size_t)c->all_groups * (RF_SIGNAL_COUNT * 4 + (size_t)c->horizon);
+        c->signal_floats = (size_t)c->all_groups * (RF_SIGNAL_COUNT * 4 + (size_t)(c->num_streams * c->horizon));
         c->block_bytes = block_size(c);
         st = allocate_device(c, err);
     }
@@ -332,6 +404,7 @@ void rf_cache_destroy(rf_cache *c) {
     rf_free((void *)c->shape.timesteps);
     rf_free((void *)c->shape.temb_change);
     rf_free((void *)c->shape.part_kinds);
+    rf_free((void *)c->streams);
     rf_free(c->site_of);
     rf_free(c->attention_of);
     rf_free(c->states);
@@ -340,6 +413,7 @@ void rf_cache_destroy(rf_cache *c) {
     rf_free(c->plan_parts);
     rf_free(c->plan_rows);
     rf_free(c->plan_forced);
+    rf_free(c->plan_carried);
     rf_free(c->plan_measured);
     rf_free(c->kinds);
     rf_free(c->groups);
@@ -358,14 +432,57 @@ const rf_policy *rf_cache_get_policy(const rf_cache *c) {
     return c->policy;
 }
 
+const char *rf_cache_carry_name(rf_cache_carry carry) {
+    static const char *const names[] = {"off", "first", "last"};
+    return names[carry];
+}
+
+bool rf_cache_carry_from_name(const char *name, rf_cache_carry *out) {
+    for (int i = RF_CARRY_OFF; i <= RF_CARRY_LAST; i++) {
+        if (strcmp(name, rf_cache_carry_name((rf_cache_carry)i)) != 0) continue;
+        *out = (rf_cache_carry)i;
+        return true;
+    }
+    return false;
+}
+
+/* Is the newest of an image's history of an earlier run? Then it is all there is. */
+static bool is_on_carried(const image_state *im) {
+    return im->num_stored > 0 && im->stored[0] < 0;
+}
+
+/* FULL steps of the run. */
+static int num_pushes(const image_state *im) {
+    return is_on_carried(im) ? 0 : im->num_stored;
+}
+
+/* Slot of the run's n-th push, of -1 the carried snapshot. */
+static int slot_of(const rf_cache *c, const image_state *im, int depth, int n) {
+    if (depth < 1 || (n < 0 && !im->carried)) return 0;
+    if (c->options.carry == RF_CARRY_FIRST) return n <= 0 ? 0 : 1 + (n - 1) % depth;
+    return (int)((im->base + n) % depth);
+}
+
+/* The run goes on from where the one before stopped, by one snapshot. Its step: as if this run's steps followed that run's; the
+ * first FULL step's stands where it is of use, in front of step 0. */
+static void carry_over(const rf_cache *c, image_state *next, const image_state *last) {
+    int pushes = num_pushes(last);
+    if (c->options.carry == RF_CARRY_OFF || last->num_stored == 0) return;
+    next->carried = true;
+    next->num_stored = 1;
+    next->stored[0] = last->stored[0] - c->shape.num_steps;
+    if (c->options.carry == RF_CARRY_FIRST && pushes > 0) next->stored[0] = -1;
+    next->base = last->base + pushes;
+}
+
 rf_status rf_cache_begin(rf_cache *c, rf_error *err) {
     size_t batch = (size_t)c->shape.batch;
     memset(c->states, 0, batch * c->def->state_bytes);
     for (size_t i = 0; i < batch; i++) {
-        void *state = c->images[i].state;
-        memset(&c->images[i], 0, sizeof c->images[i]);
-        c->images[i].state = state;
-        for (int k = 0; k < RF_SIGNAL_COUNT; k++) c->images[i].signal_steps[k] = -1;
+        image_state next = {.state = c->images[i].state};
+        carry_over(c, &next, &c->images[i]);
+        for (int k = 0; k < RF_SIGNAL_COUNT; k++) next.signal_steps[k] = -1;
+        c->images[i] = next;
     }
     memset(c->plan_measured, 0, batch * (size_t)c->shape.num_steps * sizeof *c->plan_measured);
     memset(c->kinds, RF_STEP_FULL, batch * (size_t)c->shape.num_steps);
@@ -375,6 +492,10 @@ rf_status rf_cache_begin(rf_cache *c, rf_error *err) {
     c->num_groups = 0;
     c->step = -1;
     return RF_OK;
+}
+
+void rf_cache_forget(rf_cache *c) {
+    for (int i = 0; i < (int)c->shape.batch; i++) c->images[i].num_stored = 0;
 }
 
 /* --- signals -------------------------------------------------------------------------------------------------------------- */
@@ -409,11 +530,12 @@ static void read_signals(rf_cache *c, int image) {
             /* the model's input is the same for both branches */
             bool shared = k == RF_SIGNAL_INPUT_STEP || k == RF_SIGNAL_INPUT_REFRESH;
             int64_t group = image + (shared ? 0 : b * batch);
-            if (k != RF_SIGNAL_CURVATURE) {
+            if (k != RF_SIGNAL_CURVATURE)
                 memcpy(im->signals[k][b], all + ((int64_t)k * c->all_groups + group) * 4, 4 * sizeof(float));
-            } else {
-                const float *drift = all + (int64_t)RF_SIGNAL_COUNT * c->all_groups * 4 + group * c->horizon;
-                memcpy(im->drift[b], drift, (size_t)c->horizon * sizeof(float));
+            for (int i = 0; i < c->num_streams && k == RF_SIGNAL_CURVATURE; i++) {
+                const float *drift = all + (int64_t)RF_SIGNAL_COUNT * c->all_groups * 4 +
+                                     ((int64_t)i * c->all_groups + group) * c->horizon;
+                memcpy(im->drift[2 * i + b], drift, (size_t)c->horizon * sizeof(float));
             }
         }
     }
@@ -477,6 +599,7 @@ static rf_step_ctx context_of(const rf_cache *c, int image) {
                          .force_full = im->force,
                          .num_stored = im->num_stored,
                          .stored = im->stored,
+                         .carried = im->carried,
                          .signals = im->signals,
                          .signal_steps = im->signal_steps,
                          .drift = im->drift};
@@ -525,11 +648,17 @@ static uint64_t key_of(const rf_cache *c, const rf_cache_group *g) {
     int fields[] = {(int)p->kind,      (int)p->produce, p->span,
                     p->verify,         p->use_verified, g->num,
                     g->identity,       g->resumed,      g->has_history,
-                    g->measures_drift, g->reuses,       c->part_depth > 0 ? g->slot : 0};
+                    g->measures_drift, g->reuses,       c->part_depth > 0 ? g->slot : 0,
+                    g->newest};
     size_t parts = (size_t)c->shape.num_blocks * (size_t)c->shape.num_parts;
     uint64_t h = hash_bytes(0xcbf29ce484222325ull, fields, sizeof fields);
     if (p->kind == RF_STEP_FULL || p->kind == RF_STEP_PROBE || p->produce == RF_PRODUCE_OUTPUT) return h;
     return hash_bytes(hash_bytes(h, p->parts, parts), p->rows, parts * sizeof *p->rows);
+}
+
+/* Part ring slot that an image's plan writes: a computed part of a PARTIAL step renews the newest snapshot. */
+static int write_slot(const rf_cache *c, const image_state *im, const rf_step_plan *plan) {
+    return slot_of(c, im, c->part_depth, num_pushes(im) - (plan->kind != RF_STEP_FULL && im->num_stored > 0));
 }
 
 static rf_cache_group group_of(const rf_cache *c, int image, bool resumed) {
@@ -542,7 +671,8 @@ static rf_cache_group group_of(const rf_cache *c, int image, bool resumed) {
                             .measures_drift = plan->kind == RF_STEP_FULL && plan->num_terms > 0 &&
                                               (c->signals >> RF_SIGNAL_DRIFT & 1) != 0,
                             .reuses = reuses,
-                            .slot = c->part_depth > 0 ? im->num_stored % c->part_depth : 0};
+                            .slot = write_slot(c, im, plan),
+                            .newest = slot_of(c, im, c->part_depth, num_pushes(im) - 1)};
 }
 
 static int *members_of(const rf_cache *c, int group) {
@@ -560,6 +690,7 @@ static void join(rf_cache *c, int first, int image, bool resumed) {
     }
     rf_cache_group *g = &c->groups[at];
     if (g->slot != mine.slot) g->slot = -1;
+    if (g->newest != mine.newest) g->newest = -1;
     members_of(c, at)[g->num++] = image;
 }
 
@@ -583,10 +714,15 @@ static void reset_plan(rf_cache *c, rf_step_plan *plan) {
     *plan = (rf_step_plan){.parts = dos, .rows = rows, .statistic = NAN, .threshold = NAN};
 }
 
-int rf_cache_mlp_of(const rf_cache *c, int block) {
-    for (int p = 0; p < c->shape.num_parts; p++)
-        if (c->shape.part_kinds[block * c->shape.num_parts + p] == RF_CACHE_MLP) return block * c->shape.num_parts + p;
-    return -1;
+/* Rows that a block's DO_ROWS parts compute, 0 if it has none; -1 if they differ. */
+static int32_t rows_of_block(const rf_cache *c, const rf_step_plan *p, int block) {
+    int32_t rows = 0;
+    for (int i = block * c->shape.num_parts; i < (block + 1) * c->shape.num_parts; i++) {
+        if (p->parts[i] != RF_DO_ROWS || c->site_of[i] < 0) continue;
+        if (rows != 0 && p->rows[i] != rows) return -1;
+        rows = p->rows[i];
+    }
+    return rows;
 }
 
 /* A policy that plans what its layout does not hold is wrong; better said than computed. */
@@ -611,11 +747,10 @@ static rf_status check_plan(const rf_cache *c, const rf_step_plan *p, int image,
         if (c->site_of[i] < 0) what = "a part from no ring";
         if (p->parts[i] == RF_DO_ROWS && (!l->tokens.used || p->rows[i] < 1 || p->rows[i] >= c->shape.tokens))
             what = "token rows outside 1..tokens-1";
-        if (p->parts[i] == RF_DO_ROWS && l->tokens.attention_rows && c->shape.part_kinds[i] == RF_CACHE_SELF) {
-            int mlp = rf_cache_mlp_of(c, i / c->shape.num_parts);
-            if (mlp < 0 || p->parts[mlp] != RF_DO_ROWS || p->rows[mlp] != p->rows[i])
-                what = "other rows of an attention than of its MLP";
-        }
+        if (p->parts[i] == RF_DO_ROWS && rows_of_block(c, p, i / c->shape.num_parts) < 0)
+            what = "other rows of a part than of another of its block";
+        if (p->parts[i] == RF_DO_ROWS && c->shape.part_kinds[i] == RF_CACHE_SELF && !l->tokens.attention_rows)
+            what = "rows of an attention that keeps no keys";
     }
     if (what != NULL) return rf_fail(err, RF_ERR_STATE, "policy %s plans %s at step %d", c->def->name, what, c->step);
     return RF_OK;
@@ -651,6 +786,7 @@ rf_status rf_cache_plan(rf_cache *c, int step, int *num_groups, rf_error *err) {
         reset_plan(c, plan);
         c->def->plan(c->policy, im->state, &ctx, plan);
         c->plan_forced[at] = im->force;
+        c->plan_carried[at] = is_on_carried(im);
         RF_TRY(check_plan(c, plan, i, err));
         if (im->force && plan->kind != RF_STEP_FULL)
             return rf_fail(err, RF_ERR_STATE, "policy %s does not obey the drift guard at step %d", c->def->name, step);
@@ -697,30 +833,41 @@ rf_status rf_cache_plan_probe(rf_cache *c, int group, int *first, int *num, rf_e
 
 /* --- the uploaded block ------------------------------------------------------------------------------------------------------ */
 
+/* Token rows that a block computes; of a block that chooses none all or none, which is what ages its rows. */
+static int32_t chosen_rows(const rf_cache *c, const rf_step_plan *plan, int block) {
+    int32_t rows = plan->kind == RF_STEP_FULL ? 0 : rows_of_block(c, plan, block);
+    if (rows > 0) return rows;
+    for (int i = block * c->shape.num_parts; i < (block + 1) * c->shape.num_parts; i++)
+        if (c->shape.part_kinds[i] == RF_CACHE_MLP)
+            return plan->kind == RF_STEP_FULL || plan->parts[i] == RF_DO_COMPUTE ? (int32_t)c->shape.tokens : 0;
+    return 0;
+}
+
 /* The host's side of what a group's work reads. A plan's weights are by age; the slots they mean are those of the ring it speaks of. */
 static void fill_block(const rf_cache *c, const rf_cache_group *group, const int *members, const block_view *v) {
     const rf_cache_layout *l = &c->layout;
-    int batch = (int)c->shape.batch, all = c->all_groups, parts = c->shape.num_blocks * c->shape.num_parts;
-    int output = l->output_depth ? l->output_depth : 1, part = c->part_depth ? c->part_depth : 1;
-    int span = l->spans[0].depth ? l->spans[0].depth : l->spans[1].depth ? l->spans[1].depth : 1;
+    int batch = (int)c->shape.batch, all = c->all_groups;
+    int span = l->spans[0].depth ? l->spans[0].depth : l->spans[1].depth;
     for (int m = 0; m < group->num; m++) {
         int image = members[m];
         const image_state *im = &c->images[image];
         const rf_step_plan *plan = &c->plans[plan_index(c, c->step, image)];
-        int pushes = im->num_stored, ring = part;
-        if (plan->produce == RF_PRODUCE_OUTPUT || (c->part_depth == 0 && l->output_depth > 0)) ring = output;
+        int pushes = num_pushes(im), ring = c->part_depth;
+        if (plan->produce == RF_PRODUCE_OUTPUT || (c->part_depth == 0 && l->output_depth > 0)) ring = l->output_depth;
         if (plan->produce == RF_PRODUCE_SPAN || (c->part_depth == 0 && l->output_depth == 0)) ring = span;
         v->samples[m] = image;
         for (int b = 0; b < c->shape.branches; b++) {
             int packed = b * group->num + m, state = b * batch + image;
             v->index[packed] = state;
             v->image_of[packed] = image;
-            v->write_output[packed] = pushes % output * all + state;
-            v->write_span[packed] = pushes % span * all + state;
-            v->write_part[packed] = pushes % part * all + state;
-            v->newest_span[packed] = (pushes > 0 ? (pushes - 1) % span : 0) * all + state;
+            v->write_output[packed] = slot_of(c, im, l->output_depth, pushes) * all + state;
+            v->write_span[packed] = slot_of(c, im, span, pushes) * all + state;
+            v->newest_span[packed] = slot_of(c, im, span, pushes - 1) * all + state;
+            v->write_part[packed] = write_slot(c, im, plan) * all + state;
+            v->write_probe[packed] = slot_of(c, im, 1, pushes) * all + state;
+            v->newest_probe[packed] = slot_of(c, im, 1, pushes - 1) * all + state;
             for (int j = 0; j < 3 && l->curvature.used; j++)
-                v->ages[3 * state + j] = pushes >= j ? (pushes - j) % 3 : 0;
+                v->ages[3 * state + j] = pushes >= j ? slot_of(c, im, l->output_depth, pushes - j) : 0;
             if (pushes >= 2 && l->curvature.used) {
                 const float *t = c->shape.timesteps;
                 bool by_time = l->curvature.timestep_gaps && t != NULL;
@@ -731,16 +878,12 @@ static void fill_block(const rf_cache *c, const rf_cache_group *group, const int
             float *weights = v->weights + (size_t)state * (size_t)c->num_classes * (size_t)c->num_slots;
             for (int k = 0; k < c->num_classes; k++)
                 for (int age = 0; age < plan->num_terms; age++)
-                    weights[k * c->num_slots + (pushes - 1 - age) % ring] = plan->weights[k][age];
+                    weights[k * c->num_slots + slot_of(c, im, ring, pushes - 1 - age)] = plan->weights[k][age];
         }
     }
-    for (int i = 0; i < parts; i++) {
-        if (c->site_of[i] < 0) continue;
-        const rf_step_plan *plan = group->plan;
-        bool whole = plan->kind == RF_STEP_FULL || plan->parts[i] == RF_DO_COMPUTE;
-        v->counts[c->site_of[i]] = whole ? (int32_t)c->shape.tokens : plan->parts[i] == RF_DO_ROWS ? plan->rows[i] : 0;
-    }
-    if (l->tokens.random) v->counts[c->num_sites] = c->step;
+    for (int b = 0; b < c->shape.num_blocks && l->tokens.used; b++)
+        if (c->attention_of[b] >= 0) v->counts[c->attention_of[b]] = chosen_rows(c, group->plan, b);
+    if (l->tokens.random) v->counts[c->num_attention] = c->step;
 }
 
 rf_status rf_cache_upload(rf_cache *c, int group, rf_error *err) {
@@ -809,11 +952,12 @@ rf_status rf_cache_group_done(rf_cache *c, int group, rf_error *err) {
             mark(c, i, RF_SIGNAL_SPAN_REFRESH);
             mark(c, i, RF_SIGNAL_SPAN_NORMS);
         }
-        if (im->num_stored >= 2) mark(c, i, RF_SIGNAL_CURVATURE);
-        int kept = im->num_stored < RF_CACHE_MAX_TERMS - 1 ? im->num_stored : RF_CACHE_MAX_TERMS - 1;
+        int pushes = num_pushes(im); /* a carried snapshot goes when there is one of this run */
+        if (pushes >= 2) mark(c, i, RF_SIGNAL_CURVATURE);
+        int kept = pushes < RF_CACHE_MAX_TERMS - 1 ? pushes : RF_CACHE_MAX_TERMS - 1;
         memmove(im->stored + 1, im->stored, (size_t)kept * sizeof *im->stored);
         im->stored[0] = c->step;
-        im->num_stored++;
+        im->num_stored = pushes + 1;
     }
     return RF_OK;
 }
@@ -885,6 +1029,7 @@ rf_status rf_cache_write_trace(const rf_cache *c, int first_image, rf_cache_line
             images[i] = (rf_trace_image){.image = first_image + i,
                                          .plan = &c->plans[at],
                                          .forced = c->plan_forced[at],
+                                         .carried = c->plan_carried[at],
                                          .has_drift = signals[i].steps[RF_SIGNAL_DRIFT] == step,
                                          .signals = (const float(*)[2][4])signals[i].signals,
                                          .signal_steps = signals[i].steps};

@@ -19,11 +19,19 @@ extern "C" {
 
 typedef struct rf_cache rf_cache;
 
+/* What a run begins with, where the policy `carries` (caching/policy.h): nothing; what the first FULL step of the run before stored, which
+ * was made at about the noise that the next run begins at; or what its last one stored, which is the cleanest. FIRST costs one more
+ * slot of every ring. */
+typedef enum { RF_CARRY_OFF = 0, RF_CARRY_FIRST, RF_CARRY_LAST } rf_cache_carry;
+bool rf_cache_carry_from_name(const char *name, rf_cache_carry *out); /* "off", "first", "last" */
+const char *rf_cache_carry_name(rf_cache_carry carry);
+
 typedef struct {
     /* > 0: a refresh whose prediction is off by more than this (relative L2) forces the next step FULL */
     double max_drift;
     /* for a trace: predictions are checked at every refresh, and all that is measured is kept on the host */
     bool record;
+    rf_cache_carry carry;
 } rf_cache_options;
 
 typedef struct {
@@ -45,8 +53,10 @@ const rf_cache_layout *rf_cache_get_layout(const rf_cache *cache);
 const rf_cache_shape *rf_cache_get_shape(const rf_cache *cache);
 const rf_policy *rf_cache_get_policy(const rf_cache *cache);
 
-/* A new run: forgets everything. */
+/* A new run: forgets everything, but what options.carry keeps of the run before. */
 rf_status rf_cache_begin(rf_cache *cache, rf_error *err);
+/* Between runs: the next one begins with nothing (another rollout; or a run that failed after its steps were planned). */
+void rf_cache_forget(rf_cache *cache);
 
 typedef struct {
     int num;             /* images */
@@ -60,6 +70,7 @@ typedef struct {
     const int32_t *samples; /* device [num]: image of packed image i; NULL if identity */
     const rf_step_plan *plan;
     int slot;     /* part ring slot that a store writes, -1 if it differs from image to image */
+    int newest;   /* part ring slot of the newest snapshot, likewise */
     uint64_t key; /* equal keys: the same kernels with the same arguments may be replayed */
 } rf_cache_group;
 
@@ -120,9 +131,10 @@ rf_status rf_cache_part_after(rf_cache *cache, rf_stream *stream, const rf_cache
                               const void *y, rf_error *err);
 void rf_cache_part_terms(const rf_cache *cache, const rf_cache_group *g, int block, int part, rf_residual_args *args);
 
-/* Token rows. With renewed attention rows a block chooses once, for its attention and its MLP. select: once per PARTIAL step with rows, before block 0. rows: the chosen rows of a part. scatter: packed chosen
- * rows [groups * count, D] into the part's ring. qkv: [G, N, 3, H, d] of a block's attention, kept when tokens.attention_rows; NULL else.
- * score: after an attention part of a FULL step computed q,k,v (rows as in qkv) and lse [groups, H, N]. */
+/* Token rows. A block chooses once, for all its parts. select: once per PARTIAL step with rows, before block 0. rows: the chosen rows,
+ * whichever DO_ROWS part of the block is asked for. scatter: packed chosen rows [groups * count, D] into the part's ring. qkv: [G, N, 3, H, d]
+ * of a block's SELF part, kept when tokens.attention_rows; NULL else. score: after the SELF part of a FULL step computed q,k,v
+ * (rows as in qkv) and lse [groups, H, N]. A TEMPORAL part has neither qkv nor score. */
 rf_status rf_cache_select(rf_cache *cache, rf_stream *stream, const rf_cache_group *g, rf_error *err);
 typedef struct {
     const int32_t *packed, *state; /* device [groups * count] row numbers in packed x, in state */

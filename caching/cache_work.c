@@ -53,10 +53,10 @@ static rf_reduce_pair_args pair_args(const rf_cache *c, int64_t groups, int64_t 
 
 /* dst = prediction of the group's state from a ring. */
 static rf_combine_args predict_args(const rf_cache *c, const rf_cache_group *g, const void *ring, rf_dtype dtype,
-                                    int num_slots, int64_t cols, void *dst, rf_dtype dst_dtype) {
+                                    int depth, int64_t cols, void *dst, rf_dtype dst_dtype) {
     return (rf_combine_args){.ring = ring,
                              .ring_dtype = dtype,
-                             .num_slots = num_slots,
+                             .num_slots = rf_cache_slots(c, depth),
                              .num_classes = c->num_classes,
                              .slot_stride = rf_cache_slot_stride(c, cols),
                              .weights = c->on_device.weights,
@@ -194,12 +194,13 @@ rf_status rf_cache_probe_end(rf_cache *c, rf_stream *stream, const rf_cache_grou
         copy_args(c, g->groups, c->shape.width, x, residual, full ? c->d.probe_ref : c->d.probe_now, dtype);
     copy.b = c->d.probe_in;
     copy.b_dtype = residual;
-    copy.dst_index = index_of(c, g);
+    copy.dst_index = full ? c->on_device.write_probe : index_of(c, g);
     RF_TRY(c->ops->group_copy(stream, &copy, err));
     if (full) return RF_OK;
     rf_reduce_pair_args pair =
         pair_args(c, g->groups, c->shape.width, c->d.probe_now, dtype, c->d.probe_ref, dtype, RF_SIGNAL_PROBE);
-    pair.a_index = pair.b_index = pair.out_index = index_of(c, g);
+    pair.a_index = pair.out_index = index_of(c, g);
+    pair.b_index = c->on_device.newest_probe;
     RF_TRY(c->ops->reduce_pair(stream, &pair, err));
     copy = copy_args(c, g->groups, c->shape.width, x, residual, c->d.probe_x, residual);
     copy.dst_index = index_of(c, g);
@@ -213,7 +214,8 @@ rf_status rf_cache_probe_resume(rf_cache *c, rf_stream *stream, const rf_cache_g
     RF_TRY(c->ops->group_copy(stream, &copy, err));
     if (g->plan->kind != RF_STEP_FULL) return RF_OK;
     copy = copy_args(c, g->groups, c->shape.width, c->d.probe_now, dtype, c->d.probe_ref, dtype);
-    copy.a_index = copy.dst_index = index_of(c, g);
+    copy.a_index = index_of(c, g);
+    copy.dst_index = c->on_device.write_probe;
     return c->ops->group_copy(stream, &copy, err);
 }
 
@@ -226,7 +228,7 @@ static int site(const rf_cache *c, int block, int part) {
 static char *site_ring(const rf_cache *c, int at, int slot) {
     if (c->d.part_ring == NULL) return NULL;
     size_t bytes = (size_t)rf_cache_slot_stride(c, c->shape.width) * rf_dtype_bytes(c->dtypes.feature_dtype);
-    return (char *)c->d.part_ring + ((size_t)at * (size_t)c->part_depth + (size_t)slot) * bytes;
+    return (char *)c->d.part_ring + ((size_t)at * (size_t)rf_cache_slots(c, c->part_depth) + (size_t)slot) * bytes;
 }
 
 static bool stores_part(const rf_cache *c, const rf_cache_group *g, int block, int part) {
@@ -270,13 +272,13 @@ rf_status rf_cache_part_after(rf_cache *c, rf_stream *stream, const rf_cache_gro
 void rf_cache_part_terms(const rf_cache *c, const rf_cache_group *g, int block, int part, rf_residual_args *args) {
     int at = site(c, block, part);
     bool rows = g->plan->parts[block * c->shape.num_parts + part] == RF_DO_ROWS; /* its ring was just completed */
-    if (g->identity && (rows || g->reuses) && c->part_depth == 1) {
+    if (g->identity && (rows || g->reuses) && c->part_depth == 1 && g->newest >= 0) {
         args->num_terms = 1;
-        args->terms[0] = site_ring(c, at, 0);
+        args->terms[0] = site_ring(c, at, g->newest);
         return;
     }
-    args->num_terms = c->part_depth;
-    for (int j = 0; j < c->part_depth; j++) args->terms[j] = site_ring(c, at, j);
+    args->num_terms = rf_cache_slots(c, c->part_depth);
+    for (int j = 0; j < args->num_terms; j++) args->terms[j] = site_ring(c, at, j);
     args->weights = c->on_device.weights;
     args->term_group = g->identity ? c->d.identity : c->on_device.index;
     args->rows_per_term_group = c->shape.tokens;
@@ -284,19 +286,20 @@ void rf_cache_part_terms(const rf_cache *c, const rf_cache_group *g, int block, 
 
 /* --- token rows ------------------------------------------------------------------------------------------------------------ */
 
-/* One launch for each kind of part that has rings. */
-static rf_status select_kind(rf_cache *c, rf_stream *stream, const rf_cache_group *g, int kind, rf_error *err) {
-    int first = c->first_site[kind], num = c->kind_sites[kind];
-    size_t rows = (size_t)c->all_groups * (size_t)c->shape.tokens, offset = (size_t)first * rows;
+rf_status rf_cache_select(rf_cache *c, rf_stream *stream, const rf_cache_group *g, rf_error *err) {
+    if (!c->layout.tokens.used) return RF_OK;
+    size_t rows = (size_t)c->all_groups * (size_t)c->shape.tokens, bytes = (size_t)c->num_attention * rows * 4;
+    if (g->plan->kind == RF_STEP_FULL && g->identity)
+        return stream ? rf_stream_zero(stream, c->d.ages, bytes, err) : RF_OK;
     rf_token_select_args args = {.s1 = c->d.row_scores,
-                                 .age = c->d.ages ? c->d.ages + offset : NULL,
-                                 .counts = c->on_device.counts ? c->on_device.counts + first : NULL,
+                                 .age = c->d.ages,
+                                 .counts = c->on_device.counts,
                                  .index = index_of(c, g),
-                                 .rows_packed = c->d.rows_packed ? c->d.rows_packed + offset : NULL,
-                                 .rows_state = c->d.rows_state ? c->d.rows_state + offset : NULL,
-                                 .place = c->d.place ? c->d.place + offset : NULL,
+                                 .rows_packed = c->d.rows_packed,
+                                 .rows_state = c->d.rows_state,
+                                 .place = c->d.place,
                                  .list_stride = (int64_t)rows,
-                                 .num_sites = num,
+                                 .num_sites = c->num_attention,
                                  .groups = g->groups,
                                  .all_groups = c->all_groups,
                                  .tokens = c->shape.tokens,
@@ -308,32 +311,15 @@ static rf_status select_kind(rf_cache *c, rf_stream *stream, const rf_cache_grou
                                  .bonus = c->layout.tokens.bonus,
                                  .random = c->layout.tokens.random,
                                  .groups_per_branch = c->shape.batch,
-                                 .seed = c->layout.tokens.seed + (uint64_t)kind,
-                                 .step = c->on_device.counts ? c->on_device.counts + c->num_sites : NULL,
+                                 .seed = c->layout.tokens.seed + RF_CACHE_MLP,
+                                 .step = c->on_device.counts ? c->on_device.counts + c->num_attention : NULL,
                                  .workspace = c->d.select_workspace,
-                                 .workspace_bytes = (size_t)c->num_sites * rows * sizeof(float)};
+                                 .workspace_bytes = bytes};
     return c->ops->token_select(stream, &args, err);
 }
 
-rf_status rf_cache_select(rf_cache *c, rf_stream *stream, const rf_cache_group *g, rf_error *err) {
-    if (!c->layout.tokens.used) return RF_OK;
-    if (g->plan->kind == RF_STEP_FULL && g->identity) {
-        size_t bytes = (size_t)c->num_sites * (size_t)c->all_groups * (size_t)c->shape.tokens * sizeof(float);
-        return stream ? rf_stream_zero(stream, c->d.ages, bytes, err) : RF_OK;
-    }
-    for (int kind = 0; kind < RF_CACHE_NUM_KINDS; kind++)
-        if (c->kind_sites[kind] > 0 && !(kind == RF_CACHE_SELF && c->layout.tokens.attention_rows))
-            RF_TRY(select_kind(c, stream, g, kind, err));
-    return RF_OK;
-}
-
 rf_cache_rows rf_cache_rows_of(const rf_cache *c, const rf_cache_group *g, int block, int part) {
-    int at = site(c, block, part);
-    if (c->layout.tokens.attention_rows) { /* chosen once for the whole block */
-        int mlp = rf_cache_mlp_of(c, block);
-        if (mlp >= 0) at = c->site_of[mlp];
-    }
-    size_t offset = (size_t)at * (size_t)c->all_groups * (size_t)c->shape.tokens;
+    size_t offset = (size_t)c->attention_of[block] * (size_t)c->all_groups * (size_t)c->shape.tokens;
     return (rf_cache_rows){.place = c->d.place ? c->d.place + offset : NULL,
                            .packed = c->d.rows_packed ? c->d.rows_packed + offset : NULL,
                            .state = c->d.rows_state ? c->d.rows_state + offset : NULL,
@@ -440,6 +426,11 @@ static rf_combine_args predict_output(const rf_cache *c, const rf_cache_group *g
     const rf_cache_shape *s = &c->shape;
     rf_combine_args predict =
         predict_args(c, g, c->d.output_ring, RF_DTYPE_F32, c->layout.output_depth, s->out_cols, dst, RF_DTYPE_F32);
+    if (c->class_cells > 1 && predict.row_class != NULL) { /* a class for every range of columns: rows of that many */
+        predict.rows *= c->class_cells;
+        predict.cols /= c->class_cells;
+        predict.dst_ld = predict.cols;
+    }
     if (c->layout.output_delta) {
         predict.base = c->d.input;
         predict.base_cols = predict.base_ld = s->in_cols;
@@ -497,33 +488,46 @@ static rf_status measure_output(rf_cache *c, rf_stream *stream, const rf_cache_g
     return RF_OK;
 }
 
-static rf_status measure_curvature(rf_cache *c, rf_stream *stream, const rf_cache_group *g, rf_error *err) {
+/* One stream of the outputs: pointers stand at its first row and column. */
+static rf_status measure_stream(rf_cache *c, rf_stream *stream, const rf_cache_group *g, int which, rf_error *err) {
     const rf_cache_shape *s = &c->shape;
+    const rf_cache_stream *of = &c->streams[which];
     bool pooled = c->layout.curvature.pooled && s->branches == 2;
-    rf_curvature_args args = {.ring = c->d.output_ring,
-                              .slot_stride = rf_cache_slot_stride(c, s->out_cols),
-                              .ld = s->out_cols,
-                              .cols = s->pred_cols,
-                              .rows = s->tokens,
-                              .num_sets = pooled ? g->num : g->groups,
-                              .groups_per_set = pooled ? 2 : 1,
-                              .index = index_of(c, g),
-                              .slots = c->on_device.ages,
-                              .gaps = c->on_device.gaps,
-                              .p_stable = c->layout.curvature.p_stable,
-                              .p_chaotic = c->layout.curvature.p_chaotic,
-                              .eps = c->layout.curvature.eps,
-                              .floor = c->layout.curvature.floor,
-                              .mean_over_all = c->layout.curvature.mean_over_all,
-                              .horizon = c->horizon,
-                              .row_class = c->d.row_class,
-                              .kappa = c->d.kappa,
-                              .drift = signal_of(c, RF_SIGNAL_COUNT),
-                              .workspace = c->d.curvature_workspace,
-                              .workspace_bytes = rf_curvature_workspace_bytes(c->all_groups, s->tokens)};
+    int64_t cell = s->out_cols / c->class_cells, end = of->col_end == s->pred_cols ? s->out_cols : of->col_end;
+    float *drift = signal_of(c, RF_SIGNAL_COUNT);
+    rf_curvature_args args = {
+        .ring = c->d.output_ring ? c->d.output_ring + of->row_begin * s->out_cols + of->col_begin : NULL,
+        .slot_stride = rf_cache_slot_stride(c, s->out_cols),
+        .ld = s->out_cols,
+        .cols = of->col_end - of->col_begin,
+        .rows = of->row_end - of->row_begin,
+        .group_rows = s->tokens,
+        .class_ld = c->class_cells,
+        .num_classes_per_row = (end - of->col_begin) / cell,
+        .num_sets = pooled ? g->num : g->groups,
+        .groups_per_set = pooled ? 2 : 1,
+        .index = index_of(c, g),
+        .slots = c->on_device.ages,
+        .gaps = c->on_device.gaps,
+        .p_stable = c->layout.curvature.p_stable,
+        .p_chaotic = c->layout.curvature.p_chaotic,
+        .eps = c->layout.curvature.eps,
+        .floor = c->layout.curvature.floor,
+        .mean_over_all = c->layout.curvature.mean_over_all,
+        .horizon = c->horizon,
+        .row_class = c->d.row_class ? c->d.row_class + of->row_begin * c->class_cells + of->col_begin / cell : NULL,
+        .kappa = c->d.kappa ? c->d.kappa + which * c->all_groups * s->tokens + of->row_begin : NULL,
+        .drift = drift ? drift + which * c->all_groups * c->horizon : NULL,
+        .workspace = c->d.curvature_workspace,
+        .workspace_bytes = rf_curvature_workspace_bytes(c->all_groups, s->tokens)};
     memcpy(args.step_a, c->layout.curvature.step_a, sizeof args.step_a);
     memcpy(args.step_b, c->layout.curvature.step_b, sizeof args.step_b);
     return c->ops->curvature(stream, &args, err);
+}
+
+static rf_status measure_curvature(rf_cache *c, rf_stream *stream, const rf_cache_group *g, rf_error *err) {
+    for (int i = 0; i < c->num_streams; i++) RF_TRY(measure_stream(c, stream, g, i, err));
+    return RF_OK;
 }
 
 rf_status rf_cache_output_computed(rf_cache *c, rf_stream *stream, const rf_cache_group *g, const float *packed,

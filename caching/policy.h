@@ -16,6 +16,11 @@
  * Prediction is always sum_j w_j Y_j over stored snapshots, j by age (0 = newest), optionally with another row of weights for each
  * class of token rows (layout.num_classes), optionally added to the current input (delta: what is stored is output - input).
  * Gates and modulations always come from the current step: parts are stored before their gate.
+ *
+ * Carry. A rollout makes frame after frame, each a run. Where the session's options say so (caching/cache.h), a run begins with one
+ * snapshot of the run before it, at a step below 0, and not with nothing; what that means to its rule is said in a policy's file (they
+ * are those with `carries`). A warm-up is then over. The carried snapshot is history until the first FULL step of the run, and
+ * is gone then: a difference between features of two frames, whose noise is not the same, is no derivative.
  * Source of this shape: the methods it has to express, see the head of each file in caching/features/. */
 #ifndef RF_CACHING_POLICY_H
 #define RF_CACHING_POLICY_H
@@ -31,6 +36,7 @@ extern "C" {
 #define RF_CACHE_MAX_CLASSES  3
 #define RF_CACHE_MAX_HORIZON  16
 #define RF_CACHE_MAX_SPANS    2
+#define RF_CACHE_MAX_STREAMS  8
 #define RF_POLICY_MAX_OPTIONS 24
 
 /* --- options -------------------------------------------------------------------------------------------------------- */
@@ -70,14 +76,24 @@ size_t rf_policy_value_text(const rf_policy *policy, int option, char *text, siz
 
 /* --- the run, as a policy sees it ------------------------------------------------------------------------------------ */
 
+/* SELF is attention among the rows of a run (of a frame, where a model is spatial and temporal by turns); TEMPORAL attention of a
+ * row to the same place in earlier frames, whose keys and values stay as they are during a run. So any rows of a TEMPORAL part
+ * can be computed without the others, as those of an MLP. */
 typedef enum {
     RF_CACHE_SELF = 0,
     RF_CACHE_CROSS,
     RF_CACHE_MLP,
     RF_CACHE_PARALLEL,
+    RF_CACHE_TEMPORAL,
     RF_CACHE_NUM_KINDS
 } rf_cache_part_kind;
 #define RF_CACHE_NO_PART 255
+
+/* A stream (modality) of the output: these token rows, these of its columns. */
+typedef struct {
+    int64_t row_begin, row_end;
+    int64_t col_begin, col_end; /* of pred_cols; 0, 0 = all */
+} rf_cache_stream;
 
 typedef struct {
     const char *model; /* for messages */
@@ -95,6 +111,9 @@ typedef struct {
     int64_t pred_cols;
     int num_blocks, num_parts; /* num_parts: most parts of a block */
     const uint8_t *part_kinds; /* [num_blocks * num_parts] rf_cache_part_kind or RF_CACHE_NO_PART */
+    /* what has statistics of its own in the output; together every row and predicted column once. 0 = all is one stream */
+    int num_streams;
+    const rf_cache_stream *streams;
     /* the model's cache.json (measured tables, presets), or NULL; read it in setup only */
     const rf_json_value *calibration;
 } rf_cache_shape;
@@ -141,7 +160,10 @@ typedef struct {
         float step_a[RF_CACHE_MAX_HORIZON], step_b[RF_CACHE_MAX_HORIZON]; /* yhat(k) - yhat(k-1) = a_k v0 + b_k v1 */
     } curvature;
 
-    struct { /* token rows; needs part_depth 1 for every kind whose parts are ever DO_ROWS or DO_PRODUCE */
+    /* Token rows; needs part_depth 1 for every kind whose parts are ever DO_ROWS or DO_PRODUCE, and blocks of one SELF part and an MLP
+     * (TEMPORAL parts and more MLPs besides). Rows are scored by the SELF part of their block and chosen once for the whole
+     * block: all its DO_ROWS parts compute the same rows, and a plan gives them the same number. */
+    struct {
         bool used;
         bool value_score;    /* score by value norm instead of attention received */
         bool attention_rows; /* DO_ROWS on self-attention: chosen rows' q, k and v are renewed (all are kept) */
@@ -164,17 +186,27 @@ typedef struct {
     int image; /* index in the batch */
     int step;
     bool force_full; /* the drift guard asks: plan must return FULL with its own bookkeeping as if its rule had asked */
-    int num_stored;  /* pushes so far (FULL steps before this one) */
-    const int *stored;            /* their steps, newest first, min(num_stored, RF_CACHE_MAX_TERMS) entries */
-    const float (*signals)[2][4]; /* [RF_SIGNAL_COUNT][branch]: latest measurement */
-    const int *signal_steps;      /* [RF_SIGNAL_COUNT]: the step it was taken at, -1 = never */
-    const float (*drift)[RF_CACHE_MAX_HORIZON]; /* [branch]: E(1..horizon) of the last curvature */
+    int num_stored;  /* pushes so far (FULL steps before this one, or the carried snapshot) */
+    const int *stored; /* their steps, newest first, min(num_stored, RF_CACHE_MAX_TERMS) entries */
+    /* the run began with a snapshot of the run before. Until the first FULL step num_stored is 1 and stored[0] below 0 */
+    bool carried;
+    const float (*signals)[2][4];               /* [RF_SIGNAL_COUNT][branch]: latest measurement */
+    const int *signal_steps;                    /* [RF_SIGNAL_COUNT]: the step it was taken at, -1 = never */
+    const float (*drift)[RF_CACHE_MAX_HORIZON]; /* [stream * 2 + branch]: E(1..horizon) of the last curvature */
 } rf_step_ctx;
 
 /* sum |a-b| / sum |b| of a branch, 0 if the denominator is 0 and the numerator too, else huge. */
 double rf_ctx_rel1(const rf_step_ctx *ctx, rf_signal signal, int branch);
 /* The largest rel1 over the branches. */
 double rf_ctx_max_rel1(const rf_step_ctx *ctx, rf_signal signal);
+/* Is the carried snapshot all the history there is? */
+static inline bool rf_ctx_on_carried(const rf_step_ctx *ctx) {
+    return ctx->num_stored > 0 && ctx->stored[0] < 0;
+}
+/* Is step one of `first` that are computed in any case? A carried snapshot ends a warm-up, but not one as long as the run. */
+static inline bool rf_ctx_warms_up(const rf_step_ctx *ctx, int64_t first) {
+    return ctx->step < first && !(ctx->carried && first < ctx->shape->num_steps);
+}
 
 typedef enum { RF_STEP_FULL = 0, RF_STEP_PARTIAL, RF_STEP_SKIP, RF_STEP_PROBE } rf_step_kind;
 typedef enum { RF_PRODUCE_NONE = 0, RF_PRODUCE_OUTPUT, RF_PRODUCE_SPAN } rf_produce;
@@ -208,6 +240,7 @@ typedef struct rf_policy_def {
     const rf_policy_option *options;
     int num_options;
     size_t state_bytes; /* of one image; zeroed by the runtime at the start of a run */
+    bool carries;       /* plan can begin from a snapshot of the run before; else refused where one is asked for */
     rf_status (*setup)(const rf_policy *policy, const rf_cache_shape *shape, rf_cache_layout *layout, rf_error *err);
     /* Does plan of this step read signals measured since the last read-back? NULL: always, unless layout.is_static. */
     bool (*wants_signals)(const rf_policy *policy, const void *state, const rf_step_ctx *ctx);

@@ -27,6 +27,7 @@
 #define MAX_BLOCKS      4096
 #define MAX_PARTS       16
 #define MAX_TOKENS      (1 << 24)
+#define MAX_HORIZON     (1 << 30)
 
 static const char *const kind_names[] = {"full", "partial", "skip"};
 static const char *const produce_names[] = {"none", "output", "span"};
@@ -292,7 +293,7 @@ static void put_entry(buffer *b, const rf_cache_shape *shape, const rf_cache_lay
     put_int(&list, image->image);
     for (int i = first + 1; i < num_images && !alone; i++) {
         if (done[i] || measured(&images[i], step) || images[i].forced != image->forced ||
-            !same_plan(shape, layout, p, images[i].plan))
+            images[i].carried != image->carried || !same_plan(shape, layout, p, images[i].plan))
             continue;
         shared = done[i] = true;
         put(&list, ",");
@@ -317,6 +318,10 @@ static void put_entry(buffer *b, const rf_cache_shape *shape, const rf_cache_lay
     put_double(b, p->threshold);
     put_key(b, "forced");
     put(b, image->forced ? "true" : "false");
+    if (image->carried) {
+        put_key(b, "carried");
+        put(b, "true");
+    }
     if (p->verify) {
         put_key(b, "verify");
         put_string(b, verify_names[p->use_verified ? 2 : 1]);
@@ -623,7 +628,8 @@ static rf_status read_entry(reader *r, const rf_json_value *object) {
     RF_TRY(get_word(r, object, "kind", kind_names, 3, &head.kind));
     RF_TRY(get_word(r, object, "produce", produce_names, 3, &head.produce));
     RF_TRY(get_int(r, object, "span", 0, RF_CACHE_MAX_SPANS - 1, &span));
-    RF_TRY(get_int(r, object, "horizon", 0, info->num_steps, &head.horizon));
+    const rf_json_value *carried = rf_json_get(object, "carried"); /* history older than the run */
+    RF_TRY(get_int(r, object, "horizon", 0, carried ? MAX_HORIZON : info->num_steps, &head.horizon));
     RF_TRY(get_statistic(r, object, "statistic", &head.statistic));
     RF_TRY(get_statistic(r, object, "threshold", &head.threshold));
     if (rf_json_has(object, "verify")) RF_TRY(get_word(r, object, "verify", verify_names, 3, &head.verify));

@@ -11,6 +11,7 @@
  * blocks   per block one letter a part: c computed, r reused (one snapshot of weight 1), p predicted, t token rows, - nothing ran (inside
  *          a predicted span or under a predicted output). Both branches of an image always do the same.
  * rows     token rows computed, one number a part in the order of blocks; only when some part is t
+ * carried  true: history was one snapshot of the run before (options.carry of caching/cache.h); only where it was
  * verify   measure, use: the last block was computed too (SpeCa); only where it was
  * drift    per branch, relative L2 of what would have been predicted; only on refreshes with history
  * signals  per branch rel1 (or the raw first number for sizes, verify: mean) of what was measured at this step
@@ -29,7 +30,8 @@ extern "C" {
 typedef struct {
     int image; /* number within the run: first_image + index in the batch */
     const rf_step_plan *plan;
-    bool forced; /* by the drift guard */
+    bool forced;  /* by the drift guard */
+    bool carried; /* its history was a snapshot of the run before */
     bool has_drift;
     double drift[2];
     const float (*signals)[2][4]; /* [RF_SIGNAL_COUNT] or NULL */

@@ -1,4 +1,5 @@
-/* core/png.c - a PNG writer over zlib that streams rows, and a reader of text chunks.
+/* core/png.c - a PNG writer over zlib that streams rows, a reader of text chunks, and the pieces of both that video_apng.c
+ * shares.
  *
  * Source   PNG (Third Edition), W3C 2025: 9 filtering, 11.3.3 textual information.
  * Each row takes the filter with the smallest sum of absolute differences; zlib runs at its default level. No time stamp or
@@ -14,18 +15,17 @@
 #include "core/json_internal.h"
 #include "core/memory.h"
 
-#define SIGNATURE  "\x89PNG\r\n\x1a\n"
 #define IDAT_BYTES 65536
 #define MAX_CHUNK  ((size_t)INT32_MAX)
 
-static void put_u32(unsigned char out[4], uint32_t v) {
+void rf_png_put_u32(unsigned char out[4], uint32_t v) {
     out[0] = (unsigned char)(v >> 24);
     out[1] = (unsigned char)(v >> 16);
     out[2] = (unsigned char)(v >> 8);
     out[3] = (unsigned char)v;
 }
 
-static uint32_t get_u32(const unsigned char *p) {
+uint32_t rf_png_get_u32(const unsigned char *p) {
     return (uint32_t)p[0] << 24 | (uint32_t)p[1] << 16 | (uint32_t)p[2] << 8 | p[3];
 }
 
@@ -38,16 +38,16 @@ static void write_chunk(rf_file_writer *w, const char type[4], const void *a, si
     uLong crc = crc32(0, (const Bytef *)type, 4);
     if (a_bytes) crc = crc32_z(crc, a, a_bytes);
     if (b_bytes) crc = crc32_z(crc, b, b_bytes);
-    put_u32(word, (uint32_t)(a_bytes + b_bytes));
+    rf_png_put_u32(word, (uint32_t)(a_bytes + b_bytes));
     rf_file_writer_write(w, word, 4);
     rf_file_writer_write(w, type, 4);
     rf_file_writer_write(w, a, a_bytes);
     rf_file_writer_write(w, b, b_bytes);
-    put_u32(word, (uint32_t)crc);
+    rf_png_put_u32(word, (uint32_t)crc);
     rf_file_writer_write(w, word, 4);
 }
 
-static rf_status check_text(const rf_png_text *text, bool *ascii, rf_error *err) {
+rf_status rf_png_check_text(const rf_png_text *text, bool *ascii, rf_error *err) {
     size_t len = text->keyword ? strlen(text->keyword) : 0;
     bool valid = len >= 1 && len <= 79 && text->keyword[0] != ' ' && text->keyword[len - 1] != ' ';
     for (size_t i = 0; valid && i < len; i++) {
@@ -75,16 +75,22 @@ static rf_status check_text(const rf_png_text *text, bool *ascii, rf_error *err)
     return RF_OK;
 }
 
-static void write_text(rf_file_writer *w, const rf_png_text *text, bool ascii) {
-    char head[79 + 5] = {0};
+size_t rf_png_text_head(const rf_png_text *text, bool ascii, char head[RF_PNG_TEXT_HEAD]) {
     size_t len = strlen(text->keyword);
+    memset(head, 0, RF_PNG_TEXT_HEAD);
     memcpy(head, text->keyword, len);
     /* tEXt: keyword, 0, Latin-1 text. iTXt: keyword, 0, compression flag and method 0 0, empty language and translated
      * keyword 0 0, UTF-8 text. */
-    write_chunk(w, ascii ? "tEXt" : "iTXt", head, len + (ascii ? 1 : 5), text->text, strlen(text->text));
+    return len + (ascii ? 1 : 5);
 }
 
-static int paeth(int a, int b, int c) {
+static void write_text(rf_file_writer *w, const rf_png_text *text, bool ascii) {
+    char head[RF_PNG_TEXT_HEAD];
+    size_t head_bytes = rf_png_text_head(text, ascii, head);
+    write_chunk(w, ascii ? "tEXt" : "iTXt", head, head_bytes, text->text, strlen(text->text));
+}
+
+int rf_png_paeth(int a, int b, int c) {
     int p = a + b - c;
     int pa = abs(p - a), pb = abs(p - b), pc = abs(p - c);
     return pa <= pb && pa <= pc ? a : pb <= pc ? b : c;
@@ -100,17 +106,31 @@ static uint64_t filter_row(int filter, const uint8_t *row, const uint8_t *above,
                           : filter == 1 ? a
                           : filter == 2 ? b
                           : filter == 3 ? (a + b) / 2
-                                        : paeth(a, b, c);
+                                        : rf_png_paeth(a, b, c);
         out[i + 1] = (uint8_t)(row[i] - guess);
         sum += (uint64_t)abs((int8_t)out[i + 1]);
     }
     return sum;
 }
 
-static voidpf zlib_alloc(voidpf user, uInt count, uInt elem_bytes) {
+const uint8_t *rf_png_filter(const uint8_t *row, const uint8_t *above, size_t row_bytes, uint8_t *scratch) {
+    const uint8_t *best = scratch;
+    uint64_t best_sum = UINT64_MAX;
+    for (int filter = 0; filter < 5; filter++) {
+        uint8_t *filtered = scratch + (size_t)filter * (row_bytes + 1);
+        uint64_t sum = filter_row(filter, row, above, row_bytes, filtered);
+        if (sum < best_sum) {
+            best_sum = sum;
+            best = filtered;
+        }
+    }
+    return best;
+}
+
+void *rf_png_zlib_alloc(void *user, unsigned count, unsigned elem_bytes) {
     return rf_alloc_zero(count, elem_bytes);
 }
-static void zlib_free(voidpf user, voidpf p) {
+void rf_png_zlib_free(void *user, void *p) {
     rf_free(p);
 }
 
@@ -132,7 +152,7 @@ static int deflate_some(z_stream *z, int flush, unsigned char *idat, rf_file_wri
 static rf_status write_pixels(rf_file_writer *w, const rf_image *image, const char *path, rf_error *err) {
     size_t row_bytes = (size_t)image->width * 3;
     size_t padded = row_bytes + 3;
-    z_stream z = {.zalloc = zlib_alloc, .zfree = zlib_free};
+    z_stream z = {.zalloc = rf_png_zlib_alloc, .zfree = rf_png_zlib_free};
     bool started = false;
     rf_status st = RF_OK;
     /* row, row above, five filtered rows, output */
@@ -152,16 +172,7 @@ static rf_status write_pixels(rf_file_writer *w, const rf_image *image, const ch
         above = row;
         row = swap;
         memcpy(row, image->rgb + (size_t)y * row_bytes, row_bytes);
-        int best = 0;
-        uint64_t best_sum = UINT64_MAX;
-        for (int filter = 0; filter < 5; filter++) {
-            uint64_t sum = filter_row(filter, row, above, row_bytes, filtered + (size_t)filter * (row_bytes + 1));
-            if (sum < best_sum) {
-                best_sum = sum;
-                best = filter;
-            }
-        }
-        z.next_in = filtered + (size_t)best * (row_bytes + 1);
+        z.next_in = (unsigned char *)rf_png_filter(row, above, row_bytes, filtered); /* zlib only reads it */
         z.avail_in = (uInt)(row_bytes + 1);
         int result = deflate_some(&z, y == image->height - 1 ? Z_FINISH : Z_NO_FLUSH, idat, w);
         if (result != Z_OK) {
@@ -181,21 +192,21 @@ rf_status rf_image_save_png(const rf_image *image, const char *path, const rf_pn
     rf_status st = rf_image_check_size(image->width, image->height, path, err);
     if (st != RF_OK) return rf_fail_prefix(err, RF_ERR_ARGUMENT, "cannot write");
     for (size_t i = 0; i < num_texts; i++) {
-        st = check_text(&texts[i], &ascii, err);
+        st = rf_png_check_text(&texts[i], &ascii, err);
         if (st != RF_OK) return st;
     }
     rf_file_writer *w = NULL;
     st = rf_file_writer_open(&w, path, err);
     if (st != RF_OK) return st;
     unsigned char header[13] = {0};
-    put_u32(header, (uint32_t)image->width);
-    put_u32(header + 4, (uint32_t)image->height);
+    rf_png_put_u32(header, (uint32_t)image->width);
+    rf_png_put_u32(header + 4, (uint32_t)image->height);
     header[8] = 8; /* bits */
     header[9] = 2; /* RGB */
-    rf_file_writer_write(w, SIGNATURE, 8);
+    rf_file_writer_write(w, RF_PNG_SIGNATURE, 8);
     write_chunk(w, "IHDR", header, sizeof header, NULL, 0);
     for (size_t i = 0; i < num_texts; i++) {
-        check_text(&texts[i], &ascii, NULL);
+        rf_png_check_text(&texts[i], &ascii, NULL);
         write_text(w, &texts[i], ascii);
     }
     st = write_pixels(w, image, path, err);
@@ -209,25 +220,11 @@ rf_status rf_image_save_png(const rf_image *image, const char *path, const rf_pn
 
 /* ---- reading texts ---- */
 
-typedef struct {
-    const char *name; /* for messages */
-    const unsigned char *bytes;
-    size_t num_bytes;
-    size_t at;
-    rf_error *err;
-} reader;
-
-typedef struct {
-    char type[5];
-    const unsigned char *data;
-    size_t num_bytes;
-} chunk;
-
-static rf_status next_chunk(reader *r, chunk *c) {
+rf_status rf_png_next_chunk(rf_png_reader *r, rf_png_chunk *c) {
     size_t left = r->num_bytes - r->at;
     if (left < 12) return rf_fail(r->err, RF_ERR_FORMAT, "%s: byte %zu: the file ends before IEND", r->name, r->at);
     const unsigned char *p = r->bytes + r->at;
-    c->num_bytes = get_u32(p);
+    c->num_bytes = rf_png_get_u32(p);
     memcpy(c->type, p + 4, 4);
     c->type[4] = 0;
     c->data = p + 8;
@@ -235,7 +232,7 @@ static rf_status next_chunk(reader *r, chunk *c) {
         return rf_fail(r->err, RF_ERR_FORMAT, "%s: byte %zu: chunk %s states %zu bytes, %zu are left", r->name, r->at,
                        c->type, c->num_bytes, left - 12);
     }
-    uint32_t stored = get_u32(c->data + c->num_bytes);
+    uint32_t stored = rf_png_get_u32(c->data + c->num_bytes);
     uint32_t found = (uint32_t)crc32_z(crc32(0, NULL, 0), p + 4, c->num_bytes + 4);
     if (stored != found) {
         return rf_fail(r->err, RF_ERR_FORMAT, "%s: byte %zu: chunk %s has CRC %08x, its bytes give %08x", r->name,
@@ -254,7 +251,7 @@ typedef struct {
     bool latin1;
 } raw_text;
 
-static rf_status split_text(const reader *r, const chunk *c, raw_text *out) {
+static rf_status split_text(const rf_png_reader *r, const rf_png_chunk *c, raw_text *out) {
     const unsigned char *zero = c->num_bytes ? memchr(c->data, 0, c->num_bytes) : NULL;
     size_t len = zero ? (size_t)(zero - c->data) : 0;
     if (len < 1 || len > 79) {
@@ -314,18 +311,18 @@ static size_t utf8_form(const raw_text *t, char *out) {
     return n + 1;
 }
 
-static bool is_text_chunk(const chunk *c) {
+static bool is_text_chunk(const rf_png_chunk *c) {
     return strcmp(c->type, "tEXt") == 0 || strcmp(c->type, "zTXt") == 0 || strcmp(c->type, "iTXt") == 0;
 }
 
 /* Walks the file once. texts NULL: counts and sizes; else fills texts, strings going to pool. */
-static rf_status walk(reader *r, rf_png_text *texts, char *pool, size_t *num, size_t *pool_bytes) {
-    chunk c;
+static rf_status walk(rf_png_reader *r, rf_png_text *texts, char *pool, size_t *num, size_t *pool_bytes) {
+    rf_png_chunk c;
     rf_status st;
     *num = *pool_bytes = 0;
     r->at = 8;
     for (bool first = true;; first = false) {
-        st = next_chunk(r, &c);
+        st = rf_png_next_chunk(r, &c);
         if (st != RF_OK) return st;
         if (first && strcmp(c.type, "IHDR") != 0) {
             return rf_fail(r->err, RF_ERR_FORMAT, "%s: the first chunk is %s, not IHDR", r->name, c.type);
@@ -351,9 +348,9 @@ rf_status rf_png_read_texts_memory(const void *bytes, size_t num_bytes, const ch
                                    size_t *out_num, rf_error *err) {
     *out = NULL;
     *out_num = 0;
-    reader r = {.name = name, .bytes = bytes, .num_bytes = num_bytes, .err = err};
+    rf_png_reader r = {.name = name, .bytes = bytes, .num_bytes = num_bytes, .err = err};
     size_t num, pool_bytes;
-    if (num_bytes < 8 || memcmp(bytes, SIGNATURE, 8) != 0)
+    if (num_bytes < 8 || memcmp(bytes, RF_PNG_SIGNATURE, 8) != 0)
         return rf_fail(err, RF_ERR_FORMAT, "%s: not a PNG file", name);
     rf_status st = walk(&r, NULL, NULL, &num, &pool_bytes);
     if (st != RF_OK) return st;

@@ -4,12 +4,16 @@
  * description asks for and no kernel can do is refused when a session is planned.
  *
  *   x     = PatchLinear(latent) + pos
- *   c     = MLP_t(fourier(t)) + adders                    adders: class label (later: pooled text, guidance, action)
- *   mod   = W SiLU(c) per block                           a row of `num_chunks` vectors of `width`
+ *   c     = MLP_t(fourier(t)) + adders                    adders: class label, action (later: pooled text, guidance)
+ *   mod   = W SiLU(c) per block                           a row of `num_chunks` vectors of `width`, for a sample or a frame
  *   block = for part in parts:  y = norm(x) (1 + scale) + shift;  o = f(y);  x += gate * o
  *   out   = Linear(norm(x) (1 + scale) + shift), rows in order (channel, pt, ph, pw)
  *
- * Example: DiT is one group of L blocks, parts SELF(chunks 0,1 -> 2) and MLP(chunks 3,4 -> 5). */
+ * cond_dim 0: no conditioning at all (the transformers of a VAE); then there are no chunks, and norms may have weights.
+ *
+ *   DiT        L x { SELF(chunks 0,1 -> 2)  MLP(3,4 -> 5) }
+ *   open-oasis L x { SELF(FRAME, rope 0; 0,1 -> 2)  MLP(3,4 -> 5)  SELF(PIXEL, causal, rope 1; 6,7 -> 8)  MLP(9,10 -> 11) }
+ *   its VAE    L x { SELF(affine norm, rope 0)  MLP(affine norm) } */
 #ifndef RF_DIT_BLOCKS_H
 #define RF_DIT_BLOCKS_H
 
@@ -24,6 +28,7 @@ extern "C" {
 #define RF_MAX_SEGMENTS 2 /* rows are [text | image]; a family without text rows has the image segment alone */
 #define RF_MAX_PARTS    4
 #define RF_MAX_GROUPS   4
+#define RF_MAX_ROPES    2
 
 typedef enum {
     RF_PART_SELF = 0, /* self-attention over the rows of its segments */
@@ -43,6 +48,15 @@ typedef enum { RF_PART_NORM_NONE = 0, RF_PART_NORM_LAYER, RF_PART_NORM_LAYER_AFF
 typedef enum { RF_MOD_ROWS_SAMPLE = 0, RF_MOD_ROWS_FRAME, RF_MOD_ROWS_SEGMENT } rf_mod_rows;
 typedef enum { RF_POS_NONE = 0, RF_POS_SINCOS_2D } rf_pos_kind;
 
+/* Rotary positions (kernels/rope.h). AXIAL: by row and column of a frame, num_pairs pairs an axis, "pixel" frequencies up to max_freq;
+ * TIME: by frame, num_pairs pairs in all. */
+typedef enum { RF_ROPE_AXIAL = 0, RF_ROPE_TIME } rf_rope_kind;
+typedef struct {
+    rf_rope_kind kind;
+    int num_pairs;
+    double max_freq, theta;
+} rf_rope_desc;
+
 /* How one segment takes part. Chunk indices into the block's modulation row; -1 = none. */
 typedef struct {
     bool present;
@@ -58,7 +72,7 @@ typedef struct {
     double norm_eps;
     rf_qk_norm qk_norm;
     double qk_eps;
-    int rope; /* -1 = none */
+    int rope; /* index in the description's ropes, -1 = none */
     rf_scope scope;
     bool causal_frames; /* PIXEL: a row sees its own and earlier frames */
     bool masked;        /* text keys past a sample's length are not seen */
@@ -82,26 +96,32 @@ typedef struct {
     int num_segments;
 
     int pt, ph, pw;
-    int in_channels, out_channels; /* out_channels = 2 * in_channels: a variance half */
+    int in_channels, out_channels; /* of a denoiser: out_channels = 2 * in_channels: a variance half */
+    int out_patch; /* side of the square patch that comes out (the two halves of a VAE); 0 = the patch that goes in */
     rf_pos_kind pos;
     double pos_base_size;     /* patches per side that positions were trained for; 0 = the grid itself */
     double pos_interpolation; /* positions are index * (base / grid) / interpolation */
+    int num_ropes;
+    rf_rope_desc ropes[RF_MAX_ROPES];
 
     /* timestep embedding */
     int num_freqs;     /* dim of the Fourier vector */
     double freq_shift; /* 1 in diffusers' DiT, 0 in the original */
     double max_period;
     double timestep_scale;
-    int64_t cond_dim; /* width of c */
+    int64_t cond_dim; /* width of c; 0 = no conditioning */
     int num_classes;  /* label table has num_classes + 1 rows, the last is the null class; 0 = no label adder */
+    int action_dim;   /* numbers a frame is told beside its timestep; 0 = no action adder */
 
     rf_mod_rows mod_rows;
+    rf_part_norm final_norm; /* LAYER, or LAYER_AFFINE without conditioning */
     double final_eps;
 
     /* guidance: how branches are combined by default */
     int guided_channels; /* channels that guidance acts on: in_channels (diffusers) or 3 (original DiT) */
 
-    int64_t sample_size; /* latent side the model was trained at */
+    int64_t sample_size;  /* latent height the model was trained at */
+    int64_t sample_width; /* and width; 0 = the same */
     int64_t sample_frames;
 
     int num_groups;
@@ -109,8 +129,12 @@ typedef struct {
 } rf_dit_desc;
 
 int rf_dit_desc_num_blocks(const rf_dit_desc *desc);
-/* Vectors of `width` in the modulation row of the whole model: all blocks and the final (shift, scale). */
+/* Parts with scope PIXEL in the whole model: they need a context (dit/context.h). */
+int rf_dit_desc_num_temporal(const rf_dit_desc *desc);
+/* Vectors of `width` in the modulation row of the whole model: all blocks and the final (shift, scale); 0 without conditioning. */
 int64_t rf_dit_desc_num_chunks(const rf_dit_desc *desc);
+/* Numbers that the head gives for a token: out_channels times the patch that comes out. */
+int64_t rf_dit_desc_out_dim(const rf_dit_desc *desc);
 /* Internal consistency: positive sizes, heads * head_dim = width, chunk indices in range, ... */
 rf_status rf_dit_desc_check(const rf_dit_desc *desc, rf_error *err);
 

@@ -5,6 +5,8 @@
 #include <string.h>
 #include <strings.h>
 
+#include "kernels/rope.h"
+
 /* What both layouts share: L x { SELF(0,1->2)  MLP(3,4->5) }, label conditioning, 2-D sin/cos positions. */
 static rf_dit_desc describe_dit(int depth, int num_heads, int head_dim, int patch, int sample_size, int in_channels,
                                 int out_channels, int num_classes) {
@@ -23,6 +25,7 @@ static rf_dit_desc describe_dit(int depth, int num_heads, int head_dim, int patc
     d.cond_dim = d.width;
     d.num_classes = num_classes;
     d.mod_rows = RF_MOD_ROWS_SAMPLE;
+    d.final_norm = RF_PART_NORM_LAYER;
     d.final_eps = 1e-6;
     d.sample_size = sample_size;
     d.sample_frames = 1;
@@ -151,6 +154,86 @@ rf_status rf_dit_config_read(rf_dit_desc *out, const rf_json *config, rf_error *
     if (st != RF_OK) return st;
     st = rf_dit_desc_check(out, err);
     return st == RF_OK ? st : rf_fail_prefix(err, st, "%s", rf_json_name(config));
+}
+
+/* L x { SELF(FRAME)  MLP  SELF(PIXEL)  MLP }: see dit/blocks.h. */
+static rf_dit_desc describe_oasis(int height, int width, int patch, int channels, int hidden, int depth, int num_heads,
+                                  int64_t ffn, int action_dim, int max_frames) {
+    int head_dim = hidden / num_heads;
+    rf_dit_desc d = {.width = hidden, .num_heads = num_heads, .head_dim = head_dim};
+    snprintf(d.family, sizeof d.family, "open-oasis DiT");
+    d.num_segments = 1;
+    d.pt = 1;
+    d.ph = d.pw = patch;
+    d.in_channels = d.out_channels = d.guided_channels = channels;
+    d.pos = RF_POS_NONE;
+    d.num_ropes = 2;
+    d.ropes[0] = (rf_rope_desc){.kind = RF_ROPE_AXIAL, .num_pairs = head_dim / 4, .max_freq = 256.0};
+    d.ropes[1] = (rf_rope_desc){.kind = RF_ROPE_TIME, .num_pairs = head_dim / 2, .theta = 10000.0};
+    d.num_freqs = 256;
+    d.max_period = 10000.0;
+    d.timestep_scale = 1.0;
+    d.cond_dim = hidden;
+    d.action_dim = action_dim;
+    d.mod_rows = RF_MOD_ROWS_FRAME;
+    d.final_norm = RF_PART_NORM_LAYER;
+    d.final_eps = 1e-6;
+    d.sample_size = height;
+    d.sample_width = width;
+    d.sample_frames = max_frames;
+    d.num_groups = 1;
+    rf_block_group *group = &d.groups[0];
+    group->count = depth;
+    group->num_chunks = 12;
+    group->num_parts = 4;
+    for (int half = 0; half < 2; half++) {
+        int c = 6 * half;
+        group->parts[2 * half] =
+            (rf_part_desc){.kind = RF_PART_SELF,
+                           .segments = {{.present = true, .shift = c, .scale = c + 1, .gate = c + 2}},
+                           .norm = RF_PART_NORM_LAYER,
+                           .norm_eps = 1e-6,
+                           .rope = half,
+                           .scope = half ? RF_SCOPE_PIXEL : RF_SCOPE_FRAME,
+                           .causal_frames = half,
+                           .out_bias = true};
+        group->parts[2 * half + 1] =
+            (rf_part_desc){.kind = RF_PART_MLP,
+                           .segments = {{.present = true, .shift = c + 3, .scale = c + 4, .gate = c + 5}},
+                           .norm = RF_PART_NORM_LAYER,
+                           .norm_eps = 1e-6,
+                           .rope = -1,
+                           .out_bias = true,
+                           .ffn_dim = ffn,
+                           .act = RF_ACT_GELU_TANH};
+    }
+    return d;
+}
+
+rf_dit_desc rf_dit_config_oasis(void) {
+    return describe_oasis(18, 32, 2, 16, 1024, 16, 16, 4096, 25, 32);
+}
+
+rf_status rf_dit_config_read_oasis(rf_dit_desc *out, const rf_json *doc, const rf_json_value *object, rf_error *err) {
+    int64_t height, width, patch, channels, hidden, depth, heads, actions, frames;
+    double ratio;
+    RF_TRY(rf_json_opt_int(doc, object, "input_h", 1, 1024, 18, &height, err));
+    RF_TRY(rf_json_opt_int(doc, object, "input_w", 1, 1024, 32, &width, err));
+    RF_TRY(rf_json_opt_int(doc, object, "patch_size", 1, 64, 2, &patch, err));
+    RF_TRY(rf_json_opt_int(doc, object, "in_channels", 1, 1024, 16, &channels, err));
+    RF_TRY(rf_json_opt_int(doc, object, "hidden_size", 8, 1 << 15, 1024, &hidden, err));
+    RF_TRY(rf_json_opt_int(doc, object, "depth", 1, 1024, 16, &depth, err));
+    RF_TRY(rf_json_opt_int(doc, object, "num_heads", 1, 1024, 16, &heads, err));
+    RF_TRY(rf_json_opt_double(doc, object, "mlp_ratio", 0.01, 64.0, 4.0, &ratio, err));
+    RF_TRY(rf_json_opt_int(doc, object, "external_cond_dim", 0, 4096, 25, &actions, err));
+    RF_TRY(rf_json_opt_int(doc, object, "max_frames", 2, RF_MAX_WINDOW, 32, &frames, err));
+    if (hidden % heads != 0 || hidden / heads % 4 != 0)
+        return rf_fail(err, RF_ERR_CONFIG, "%s: hidden_size %lld in %lld heads, expected heads of a multiple of 4",
+                       rf_json_name(doc), (long long)hidden, (long long)heads);
+    *out = describe_oasis((int)height, (int)width, (int)patch, (int)channels, (int)hidden, (int)depth, (int)heads,
+                          (int64_t)((double)hidden * ratio), (int)actions, (int)frames);
+    rf_status st = rf_dit_desc_check(out, err);
+    return st == RF_OK ? st : rf_fail_prefix(err, st, "%s", rf_json_name(doc));
 }
 
 /* Sizes of Peebles and Xie 2023, table 1. */

@@ -26,6 +26,12 @@ rf_status rf_dit_config_builtin(rf_dit_desc *out, const char *name, rf_error *er
 /* index-th built-in name, NULL past the end. */
 const char *rf_dit_config_builtin_name(int index);
 
+/* open-oasis: the arguments of its DiT as an object of a larger file: input_h, input_w (latent), patch_size, in_channels, hidden_size, depth,
+ * num_heads, mlp_ratio, external_cond_dim, max_frames (becomes sample_frames). Absent keys take the public model's values. */
+rf_status rf_dit_config_read_oasis(rf_dit_desc *out, const rf_json *doc, const rf_json_value *object, rf_error *err);
+/* The public 500M model. */
+rf_dit_desc rf_dit_config_oasis(void);
+
 #ifdef __cplusplus
 }
 #endif

@@ -11,6 +11,7 @@
 #define RF_DIT_FORWARD_H
 
 #include "caching/cache.h"
+#include "dit/context.h"
 #include "dit/model.h"
 #include "dit/sampler.h"
 #include "kernels/ops.h"
@@ -26,6 +27,11 @@ typedef struct {
     int max_steps;                  /* most steps of a run */
     rf_dtype residual_dtype;        /* of the residual stream x: f32, or the model's dtype */
     size_t modulation_budget_bytes; /* default 1 GiB */
+
+    /* Attention over frames (dit/context.h): what passes see in front of their own frames; borrowed. */
+    rf_dit_context *context;
+    bool store_context; /* passes also keep the keys and values of their frames in the window's slots */
+    bool context_only;  /* and give no output: nothing behind the last keys and values is computed */
 
     /* Feature caching (caching/policy.h); policy NULL = none and the rest is not read. */
     const rf_policy *policy; /* borrowed */
@@ -54,8 +60,15 @@ void rf_dit_session_destroy(rf_dit_session *session); /* NULL is a no-op */
 rf_status rf_dit_session_begin(rf_dit_session *session, const float *timesteps, int num_steps, const int32_t *labels,
                                rf_error *err);
 
+/* The same for a model that is told a timestep and an action for every frame: passes of this run compute `frames` frames (up to the
+ * planned number). timesteps host [num_steps][samples * frames] with timestep_stride = samples * frames, or [num_steps] for all of
+ * them with stride 1; actions host [samples * frames][action_dim], NULL = zeros. */
+rf_status rf_dit_session_begin_frames(rf_dit_session *session, int frames, const float *timesteps,
+                                      int64_t timestep_stride, int num_steps, const float *actions, rf_error *err);
+
 /* model_out (borrowed from the session, [branches*batch*tokens, out_channels*pt*ph*pw] f32, columns (channel, pt, ph, pw)) from
- * latent [batch, in_channels, frames, height, width] f32 on the device. in_scale: table of scales indexed by the step
+ * latent [batch, in_channels, frames, height, width] f32 on the device, or [batch, frames, in_channels, height, width] where
+ * frames have timesteps of their own. in_scale: table of scales indexed by the step
  * counter with in_scale_stride (NULL = 1). */
 rf_status rf_dit_session_forward(rf_dit_session *session, const float *latent, const float *in_scale,
                                  int64_t in_scale_stride, rf_error *err);
@@ -65,6 +78,8 @@ rf_status rf_dit_session_forward(rf_dit_session *session, const float *latent, c
 typedef rf_status (*rf_dit_tail)(void *user, rf_error *err);
 rf_status rf_dit_session_step_cached(rf_dit_session *session, const float *latent, const float *in_scale,
                                      int64_t in_scale_stride, rf_dit_tail tail, void *user, rf_error *err);
+/* Called in front of every step of step_cached in which blocks run, before they are queued; never inside a capture. */
+void rf_dit_session_set_prepare(rf_dit_session *session, rf_dit_tail prepare, void *user);
 rf_cache *rf_dit_session_cache(rf_dit_session *session); /* NULL without a policy */
 int rf_dit_session_num_graphs(const rf_dit_session *session);
 const float *rf_dit_session_output(const rf_dit_session *session);

@@ -1,7 +1,7 @@
 /* kernels/attention.cu - the attention entry point: which kernel runs; and the two small companions, merge and softmax.
  * Choice   f32: the plain kernel. bf16: wgmma where it is faster (sm_90, dense keys, no mask, at least 64 query rows),
  *          else mma.sync with the tile that its own chooser picks. args->kernel forces one; what it cannot run is an
- *          error.
+ *          error. With rotary positions: the kernel of few keys, which AUTO does not use without them.
  * Checked  tests/kernels against the CPU table. */
 #include <cuda_runtime.h>
 #include <limits.h>
@@ -77,6 +77,12 @@ rf_status rf_attention_check_strides(const rf_attention_args *args, rf_error *er
  * */
 static rf_status choose(const rf_attention_args *args, int sm, int num_sms, rf_attention_kernel *kernel,
                         rf_attention_mma_plan *plan, rf_error *err) {
+    if (args->rope && args->kernel != RF_ATTENTION_AUTO && args->kernel != RF_ATTENTION_SMALL)
+        return rf_fail(err, RF_ERR_UNSUPPORTED, "attention: the forced kernel knows no rotary positions");
+    if (args->rope || args->kernel == RF_ATTENTION_SMALL) {
+        *kernel = RF_ATTENTION_SMALL;
+        return rf_attention_small_check(args, err);
+    }
     if (args->kernel == RF_ATTENTION_WGMMA) {
         *kernel = RF_ATTENTION_WGMMA;
         return rf_attention_wgmma_check(args, sm, err);
@@ -95,9 +101,9 @@ static rf_status choose(const rf_attention_args *args, int sm, int num_sms, rf_a
 }
 
 static rf_status check_pointers(const rf_attention_args *args, rf_error *err) {
-    const void *pointers[4] = {args->q, args->k, args->v, args->out};
-    static const char *const names[4] = {"q", "k", "v", "out"};
-    for (int i = 0; i < 4; i++) {
+    const void *pointers[5] = {args->q, args->k, args->v, args->out, args->rope};
+    static const char *const names[5] = {"q", "k", "v", "out", "rope"};
+    for (int i = 0; i < 5; i++) {
         if (!rf_is_aligned(pointers[i], 16))
             return rf_fail(err, RF_ERR_ARGUMENT, "attention: %s must be aligned to 16 bytes on CUDA", names[i]);
     }
@@ -108,7 +114,7 @@ extern "C" rf_status rf_attention_cuda(rf_stream *stream, const rf_attention_arg
     rf_status status = stream ? rf_attention_check_run(args, err) : rf_attention_check(args, err);
     if (status != RF_OK) return status;
     rf_backend *const backend = stream ? rf_stream_backend(stream) : NULL;
-    rf_attention_kernel kernel;
+    rf_attention_kernel kernel = RF_ATTENTION_AUTO;
     rf_attention_mma_plan plan = {};
     status = choose(args, backend ? rf_backend_sm(backend) : 0, backend ? rf_backend_num_sms(backend) : 0, &kernel,
                     &plan, err);
@@ -124,6 +130,7 @@ extern "C" rf_status rf_attention_cuda(rf_stream *stream, const rf_attention_arg
     switch (kernel) {
     case RF_ATTENTION_MMA: return rf_attention_mma_run(stream, args, &plan, err);
     case RF_ATTENTION_WGMMA: return rf_attention_wgmma_run(stream, args, err);
+    case RF_ATTENTION_SMALL: return stream ? rf_attention_small_run(stream, args, err) : RF_OK;
     case RF_ATTENTION_AUTO: break;
     }
     return stream ? rf_attention_f32_run(stream, args, err) : RF_OK;

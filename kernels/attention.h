@@ -21,6 +21,10 @@
  *           causal_block. A query's position is its row in q (q_rows[i] or i) + q_pos_offset; a key's is its row in k.
  *           Key rows that no query of a call sees are not read into its result: they may hold anything.
  * kv_rows and kv_lens exclude ranges; ranges end at kv_len or before. kv_lens outside 0..kv_len count as the nearer end.
+ * Rotary    rope (device f32 [positions][rope_pairs][2] = (cos, sin), kernels/rope.h; NULL: none): queries and keys are
+ *           turned by their positions, as the masks count them, while they are read. q, k and v stay as they are.
+ *           CUDA: bf16, head_dim 64 and 128, at most 256 keys that are rows 0..kv_len-1, no q_rows, no mask, rope_pairs
+ *           a multiple of 4; the rest is RF_ERR_UNSUPPORTED, and rope (the operator) before a plain attention does it.
  * workspace: attention_workspace() bytes (split keys; the host's per-thread scratch); NULL if that is 0. */
 #ifndef RF_KERNELS_ATTENTION_H
 #define RF_KERNELS_ATTENTION_H
@@ -39,7 +43,7 @@ typedef struct {
 } rf_key_range;
 
 /* auto picks the fastest kernel that can run; the others force one (tests, benchmarks) and fail if it cannot. */
-typedef enum { RF_ATTENTION_AUTO = 0, RF_ATTENTION_MMA, RF_ATTENTION_WGMMA } rf_attention_kernel;
+typedef enum { RF_ATTENTION_AUTO = 0, RF_ATTENTION_MMA, RF_ATTENTION_WGMMA, RF_ATTENTION_SMALL } rf_attention_kernel;
 
 typedef struct {
     const void *q, *k, *v;
@@ -65,6 +69,9 @@ typedef struct {
     rf_mask mask;
     int32_t causal_block;
     int32_t q_pos_offset;
+
+    const float *rope;
+    int rope_pairs;
 
     void *workspace;
     size_t workspace_bytes;

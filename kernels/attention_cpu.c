@@ -74,6 +74,13 @@ RF_HOT static double row_exp_sum(float *s, int64_t num, float top) {
     return total;
 }
 
+/* Rows turned by their positions, dense in out (which may be x): row i stands at (rows[i], or first + i) + offset. */
+RF_HOT static void turn_rows(float *out, const float *x, int64_t stride, const float *rope, int64_t pairs, int64_t d,
+                             const int32_t *rows, int64_t first, int64_t offset, int64_t num) {
+    for (int64_t i = 0; i < num; i++)
+        rf_cpu_turn(out + i * d, x + i * stride, rope + ((rows ? rows[i] : first + i) + offset) * pairs * 2, pairs, d);
+}
+
 static void attend_block(const rf_attention_args *a, const scratch_plan *plan, float *scratch, int64_t batch, int head,
                          int64_t first, int64_t num) {
     int64_t d = a->head_dim;
@@ -93,6 +100,11 @@ static void attend_block(const rf_attention_args *a, const scratch_plan *plan, f
         q = q_packed;
         q_stride = d;
     }
+    if (a->rope) {
+        turn_rows(q_packed, q, q_stride, a->rope, a->rope_pairs, d, q_rows, first, a->q_pos_offset, num);
+        q = q_packed;
+        q_stride = d;
+    }
     int64_t last_limit = 0; /* keys from here on are seen by no query of the block, and are not read */
     for (int64_t i = 0; i < num; i++) {
         int64_t pos = (q_rows ? q_rows[i] : first + i) + a->q_pos_offset;
@@ -102,7 +114,7 @@ static void attend_block(const rf_attention_args *a, const scratch_plan *plan, f
     /* Keys: up to four ranges of rows in place, or a packed list. */
     const float *k = (const float *)a->k + batch * a->kv_batch_stride + kv_head * a->kv_head_stride;
     const float *v = (const float *)a->v + batch * a->kv_batch_stride + kv_head * a->kv_head_stride;
-    int64_t kv_stride = a->kv_row_stride;
+    int64_t kv_stride = a->kv_row_stride; /* of k; v_stride differs where only k is packed */
     int64_t len = a->kv_lens ? rf_max64(0, rf_min64(a->kv_lens[batch], a->kv_len)) : a->kv_len;
     int64_t begins[RF_MAX_KEY_RANGES] = {0}, ends[RF_MAX_KEY_RANGES] = {rf_min64(len, last_limit)};
     int num_ranges = 1;
@@ -119,12 +131,21 @@ static void attend_block(const rf_attention_args *a, const scratch_plan *plan, f
         v = v_packed;
         kv_stride = d;
         ends[0] = packed;
+        if (a->rope) turn_rows(k_packed, k_packed, d, a->rope, a->rope_pairs, d, key_pos, 0, 0, packed);
     } else if (a->num_ranges > 0) {
         num_ranges = a->num_ranges;
         for (int r = 0; r < num_ranges; r++) {
             begins[r] = a->ranges[r].begin;
             ends[r] = rf_max64(begins[r], rf_min64(a->ranges[r].end, last_limit));
         }
+    }
+    int64_t v_stride = kv_stride;
+    if (a->rope && !a->kv_rows) {
+        for (int r = 0; r < num_ranges; r++)
+            turn_rows(k_packed + begins[r] * d, k + begins[r] * kv_stride, kv_stride, a->rope, a->rope_pairs, d, NULL,
+                      begins[r], 0, ends[r] - begins[r]);
+        k = k_packed;
+        kv_stride = d;
     }
     int64_t num_keys = 0;
     for (int r = 0; r < num_ranges; r++) num_keys += ends[r] - begins[r];
@@ -178,7 +199,7 @@ static void attend_block(const rf_attention_args *a, const scratch_plan *plan, f
         int64_t keys = ends[r] - begins[r];
         if (keys > 0) {
             /* With one query the row stride may be anything; BLAS wants at least the row's length. */
-            rf_cpu_sgemm(num, d, keys, 1.0f, scores + at, num_keys, v + begins[r] * kv_stride, kv_stride, false,
+            rf_cpu_sgemm(num, d, keys, 1.0f, scores + at, num_keys, v + begins[r] * v_stride, v_stride, false,
                          started ? 1.0f : 0.0f, out, rf_max64(out_stride, d));
             started = true;
         }

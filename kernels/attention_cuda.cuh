@@ -77,6 +77,10 @@ rf_status rf_attention_wgmma_run(rf_stream *stream, const rf_attention_args *arg
 /* True if AUTO should prefer it for these arguments. */
 bool rf_attention_wgmma_wins(const rf_attention_args *args);
 
+/* Few keys, with or without rotary positions (attention_small.cu): RF_OK, or RF_ERR_UNSUPPORTED and why. */
+rf_status rf_attention_small_check(const rf_attention_args *args, rf_error *err);
+rf_status rf_attention_small_run(rf_stream *stream, const rf_attention_args *args, rf_error *err);
+
 /* 16 bytes global -> shared (16-byte aligned); zeros if num_bytes is 0 (src must still be a valid address). */
 static __device__ __forceinline__ void copy16(uint32_t dst, const void *src, int num_bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(num_bytes) : "memory");

@@ -55,7 +55,8 @@ typedef struct {
 } rf_combine_args;
 
 /* Curvature of the last three outputs of a run and what follows from it (WorldCache, arXiv 2603.06331, sections 3 and 4).
- *   ring      f32 [3][all groups, rows, ld]; of every row the first cols columns count
+ *   ring      f32 [3][all groups, group_rows, ld]; of a group's first rows the first cols columns count. A stream of the outputs
+ *             (some rows, some columns) is a call of its own with all pointers at its begin; group_rows 0 = rows
  *   index     device int32 [num_sets * groups_per_set] or NULL = identity: set s is the groups index[s], index[num_sets + s]
  *             (one group, or the two branches of a sample pooled)
  *   slots     device int32 [all groups][3]: slot of the newest, second and third snapshot of a group
@@ -66,10 +67,13 @@ typedef struct {
  * interpolated. Class 0 stable: kappa < Q_s; class 2 chaotic: kappa >= Q_c; 1 the rest.
  * drift[all groups][horizon]: for k = 1..horizon (<= 16), mean over chaotic rows (mean_over_all: over all rows, others count 0) of
  * kappa * | a_k v0 + b_k v1 |_2, the closed form sqrt(max(0, a^2 A + 2ab B + b^2 C)); both groups of a pooled set get the same.
+ * Every row has num_classes_per_row classes, all the same, and the next row's are class_ld further on (0, 0 = 1, 1): for streams that
+ * are ranges of columns, of which every range of equal width has a class.
  * step_a, step_b are host arrays copied into the launch. */
 typedef struct {
     const float *ring;
-    int64_t slot_stride, ld, cols, rows;
+    int64_t slot_stride, ld, cols, rows, group_rows;
+    int64_t class_ld, num_classes_per_row;
     int64_t num_sets;
     int groups_per_set; /* 1 or 2 */
     const int32_t *index;
@@ -79,8 +83,8 @@ typedef struct {
     bool mean_over_all;
     int horizon;
     float step_a[16], step_b[16];
-    uint8_t *row_class; /* [all groups, rows] */
-    float *kappa;       /* [all groups, rows] */
+    uint8_t *row_class; /* [all groups, group_rows, class_ld] */
+    float *kappa;       /* [all groups, group_rows] */
     float *drift;       /* [all groups, horizon] */
     float *workspace;   /* rf_curvature_workspace_bytes */
     size_t workspace_bytes;

@@ -145,11 +145,12 @@ rf_status rf_attention_check(const rf_attention_args *a, rf_error *err) {
     RF_TRY(stride_from(op, "kv_batch_stride_rows", a->kv_batch_stride_rows, 0, err));
     RF_TRY(finite_value(op, "softmax_scale", a->softmax_scale, err));
     RF_TRY(enum_in(op, "mask", (int)a->mask, RF_MASK_BLOCK_CAUSAL, err));
-    RF_TRY(enum_in(op, "kernel", (int)a->kernel, RF_ATTENTION_WGMMA, err));
+    RF_TRY(enum_in(op, "kernel", (int)a->kernel, RF_ATTENTION_SMALL, err));
     if (a->mask == RF_MASK_BLOCK_CAUSAL && a->causal_block < 1)
         return rf_fail(err, RF_ERR_ARGUMENT, "%s: causal_block is %d, must be at least 1", op, (int)a->causal_block);
-    if (a->mask != RF_MASK_NONE && a->q_pos_offset < 0)
+    if ((a->mask != RF_MASK_NONE || a->rope) && a->q_pos_offset < 0)
         return rf_fail(err, RF_ERR_ARGUMENT, "%s: q_pos_offset is %d, must be at least 0", op, (int)a->q_pos_offset);
+    if (a->rope) RF_TRY(size_in(op, "rope_pairs", a->rope_pairs, 1, a->head_dim / 2, err));
     if (a->num_ranges < 0 || a->num_ranges > RF_MAX_KEY_RANGES)
         return rf_fail(err, RF_ERR_ARGUMENT, "%s: num_ranges is %d, must be 0..%d", op, a->num_ranges,
                        RF_MAX_KEY_RANGES);
@@ -677,6 +678,70 @@ rf_status rf_row_merge_check_run(const rf_row_merge_args *a, rf_error *err) {
     RF_TRY(not_same(op, "x", a->x, "ring_b", a->ring_b, err));
     RF_TRY(not_same(op, "ring_b", a->ring_b, "y", a->y, err));
     return not_same(op, "ring_b", a->ring_b, "ring_a", a->ring_a, err);
+}
+
+/* ---- rotary positions ---- */
+
+rf_status rf_rope_check(const rf_rope_args *a, rf_error *err) {
+    const char *op = "rope";
+    RF_TRY(given(op, a, err));
+    RF_TRY(float_dtype(op, "dtype", a->dtype, err));
+    RF_TRY(size_from(op, "num_rows", a->num_rows, 0, err));
+    RF_TRY(size_in(op, "num_heads", a->num_heads, 1, 65535, err));
+    RF_TRY(size_in(op, "head_dim", a->head_dim, 2, 65536, err));
+    RF_TRY(size_in(op, "num_pairs", a->num_pairs, 1, a->head_dim / 2, err));
+    RF_TRY(size_from(op, "period", a->period, 1, err));
+    if (a->num_rows > 1)
+        RF_TRY(stride_from(op, "row_stride", a->row_stride, (int64_t)a->num_heads * a->head_dim, err));
+    return product_fits(op, "x", (int64_t[]){a->num_rows, a->row_stride}, 2, err);
+}
+
+rf_status rf_rope_check_run(const rf_rope_args *a, rf_error *err) {
+    const char *op = "rope";
+    RF_TRY(rf_rope_check(a, err));
+    if (a->num_rows == 0) return RF_OK;
+    RF_TRY(pointer(op, "x", a->x, err));
+    return pointer(op, "table", a->table, err);
+}
+
+rf_status rf_temporal_attention_check(const rf_temporal_attention_args *a, rf_error *err) {
+    const char *op = "temporal_attention";
+    RF_TRY(given(op, a, err));
+    RF_TRY(float_dtype(op, "dtype", a->dtype, err));
+    RF_TRY(size_from(op, "samples", a->samples, 0, err));
+    RF_TRY(size_in(op, "frames", a->frames, 1, RF_MAX_WINDOW, err));
+    RF_TRY(size_from(op, "tokens", a->tokens, 1, err));
+    RF_TRY(size_in(op, "num_heads", a->num_heads, 1, 65535, err));
+    RF_TRY(size_in(op, "head_dim", a->head_dim, 2, 65536, err));
+    if (a->head_dim % 2 != 0)
+        return rf_fail(err, RF_ERR_SHAPE, "%s: head_dim is %d, must be even", op, a->head_dim);
+    RF_TRY(size_in(op, "num_pairs", a->num_pairs, 0, a->head_dim / 2, err));
+    RF_TRY(size_from(op, "slots", a->slots, 0, err));
+    if (a->rows) {
+        RF_TRY(size_from(op, "num_rows", a->num_rows, 0, err));
+        if (a->frames != 1)
+            return rf_fail(err, RF_ERR_ARGUMENT, "%s: rows are for one new frame, there are %lld", op,
+                           (long long)a->frames);
+        if (a->sample_index) return rf_fail(err, RF_ERR_ARGUMENT, "%s: rows exclude sample_index", op);
+        RF_TRY(product_fits(op, "qkv", (int64_t[]){a->num_rows, 3, a->num_heads, a->head_dim}, 4, err));
+    }
+    const int64_t qkv[] = {a->samples, a->frames, a->tokens, 3, a->num_heads, a->head_dim};
+    RF_TRY(product_fits(op, "qkv", qkv, 6, err));
+    return product_fits(op, "kv of a sample", (int64_t[]){a->tokens, a->num_heads, 2, a->slots, a->head_dim}, 5, err);
+}
+
+rf_status rf_temporal_attention_check_run(const rf_temporal_attention_args *a, rf_error *err) {
+    const char *op = "temporal_attention";
+    RF_TRY(rf_temporal_attention_check(a, err));
+    if (a->rows ? a->num_rows == 0 : a->samples == 0) return RF_OK;
+    RF_TRY(pointer(op, "qkv", a->qkv, err));
+    RF_TRY(pointer(op, "out", a->out, err));
+    RF_TRY(pointer(op, "window", a->window, err));
+    if (a->num_pairs > 0) RF_TRY(pointer(op, "table", a->table, err));
+    if (a->store) RF_TRY(pointer(op, "kv (to store into)", a->kv, err));
+    if (a->kv) RF_TRY(size_from(op, "slots", a->slots, 1, err));
+    RF_TRY(not_same(op, "out", a->out, "qkv", a->qkv, err));
+    return not_same(op, "kv", a->kv, "qkv", a->qkv, err);
 }
 
 /* ---- sampler ---- */

@@ -35,6 +35,8 @@ rf_status rf_group_copy_check(const rf_group_copy_args *args, rf_error *err);
 rf_status rf_combine_check(const rf_combine_args *args, rf_error *err);
 rf_status rf_post_check(const rf_post_args *args, rf_error *err);
 rf_status rf_row_merge_check(const rf_row_merge_args *args, rf_error *err);
+rf_status rf_rope_check(const rf_rope_args *args, rf_error *err);
+rf_status rf_temporal_attention_check(const rf_temporal_attention_args *args, rf_error *err);
 rf_status rf_sampler_step_check(const rf_sampler_step_args *args, rf_error *err);
 rf_status rf_step_advance_check(const rf_step_advance_args *args, rf_error *err);
 rf_status rf_fill_normal_check(const rf_fill_normal_args *args, rf_error *err);
@@ -57,6 +59,8 @@ rf_status rf_group_copy_check_run(const rf_group_copy_args *args, rf_error *err)
 rf_status rf_combine_check_run(const rf_combine_args *args, rf_error *err);
 rf_status rf_post_check_run(const rf_post_args *args, rf_error *err);
 rf_status rf_row_merge_check_run(const rf_row_merge_args *args, rf_error *err);
+rf_status rf_rope_check_run(const rf_rope_args *args, rf_error *err);
+rf_status rf_temporal_attention_check_run(const rf_temporal_attention_args *args, rf_error *err);
 rf_status rf_sampler_step_check_run(const rf_sampler_step_args *args, rf_error *err);
 rf_status rf_step_advance_check_run(const rf_step_advance_args *args, rf_error *err);
 rf_status rf_fill_normal_check_run(const rf_fill_normal_args *args, rf_error *err);

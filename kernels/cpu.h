@@ -108,6 +108,19 @@ void rf_cpu_sgemm(int64_t m, int64_t n, int64_t k, float alpha, const float *a, 
 /* Before the parallel region that calls rf_cpu_sgemm. */
 void rf_cpu_blas_single_thread(void);
 
+/* out = x with its first num_pairs pairs turned by a table row (kernels/rope.h); `num` elements. out may be x. */
+RF_INLINE void rf_cpu_turn(float *out, const float *x, const float *table, int64_t num_pairs, int64_t num) {
+#pragma omp simd
+    for (int64_t i = 0; i < num_pairs; i++) {
+        float a = x[2 * i], b = x[2 * i + 1], c = table[2 * i], s = table[2 * i + 1];
+        out[2 * i] = c * a - s * b;
+        out[2 * i + 1] = s * a + c * b;
+    }
+    if (out == x) return;
+#pragma omp simd
+    for (int64_t i = 2 * num_pairs; i < num; i++) out[i] = x[i];
+}
+
 /* One row of a norm: shift and scale are table entries of that row, NULL if absent. y may be x. */
 void rf_cpu_norm_row(float *y, const float *x, int64_t cols, rf_norm_kind kind, float eps, const float *weight,
                      const float *bias, const float *shift, const float *scale);
@@ -147,6 +160,8 @@ rf_status rf_post_cpu(rf_stream *stream, const rf_post_args *args, rf_error *err
 rf_status rf_row_merge_cpu(rf_stream *stream, const rf_row_merge_args *args, rf_error *err);
 rf_status rf_token_select_cpu(rf_stream *stream, const rf_token_select_args *args, rf_error *err);
 rf_status rf_row_score_cpu(rf_stream *stream, const rf_row_score_args *args, rf_error *err);
+rf_status rf_rope_cpu(rf_stream *stream, const rf_rope_args *args, rf_error *err);
+rf_status rf_temporal_attention_cpu(rf_stream *stream, const rf_temporal_attention_args *args, rf_error *err);
 rf_status rf_sampler_step_cpu(rf_stream *stream, const rf_sampler_step_args *args, rf_error *err);
 rf_status rf_step_advance_cpu(rf_stream *stream, const rf_step_advance_args *args, rf_error *err);
 rf_status rf_fill_normal_cpu(rf_stream *stream, const rf_fill_normal_args *args, rf_error *err);

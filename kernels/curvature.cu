@@ -39,7 +39,7 @@ static __global__ void __launch_bounds__(ROW_THREADS) rows_kernel(const __grid_c
     const float gap0 = p.gaps[g * 2], gap1 = p.gaps[g * 2 + 1];
     float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
     if (i < total && gap0 > 0.0f) {
-        const float *const at = p.ring + (g * rows + r) * p.ld;
+        const float *const at = p.ring + (g * p.group_rows + r) * p.ld;
         const float *const y0 = at + p.slots[g * 3] * p.slot_stride;
         const float *const y1 = at + p.slots[g * 3 + 1] * p.slot_stride;
         const float *const y2 = at + p.slots[g * 3 + 2] * p.slot_stride;
@@ -89,10 +89,16 @@ static __global__ void __launch_bounds__(SET_THREADS) sets_kernel(const __grid_c
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     rf_wait_for_previous();
     const int64_t group_a = group_of(p, set), group_b = p.groups_per_set == 2 ? group_of(p, num_sets + set) : group_a;
-    auto row_at = [&](int i) -> int64_t { return i < rows ? group_a * rows + i : group_b * rows + (i - rows); };
+    auto row_at = [&](int i) -> int64_t {
+        return i < rows ? group_a * p.group_rows + i : group_b * p.group_rows + (i - rows);
+    };
+    auto set_class = [&](int i, uint8_t value) {
+        uint8_t *const out = p.row_class + row_at(i) * p.class_ld;
+        for (int j = 0; j < (int)p.num_classes_per_row; j++) out[j] = value;
+    };
     if (!(p.gaps[group_a * 2] > 0.0f && p.gaps[group_b * 2] > 0.0f)) { /* the whole block */
         for (int i = threadIdx.x; i < num; i += SET_THREADS) {
-            p.row_class[row_at(i)] = 2;
+            set_class(i, 2);
             p.kappa[row_at(i)] = 0.0f;
         }
         if ((int)threadIdx.x < p.horizon)
@@ -154,7 +160,7 @@ static __global__ void __launch_bounds__(SET_THREADS) sets_kernel(const __grid_c
     for (int i = threadIdx.x; i < num; i += SET_THREADS) {
         const float kappa = kappas[i];
         const bool chaotic = (double)kappa >= limit[1];
-        p.row_class[row_at(i)] = chaotic ? 2 : (double)kappa < limit[0] ? 0 : 1;
+        set_class(i, chaotic ? 2 : (double)kappa < limit[0] ? 0 : 1);
         if (!chaotic) continue;
         count++;
         const float a = dots[i], b = dots[plane + i], c = dots[2 * plane + i];
@@ -199,18 +205,20 @@ static rf_status launch_rows(rf_stream *stream, const rf_curvature_args &p, int6
 extern "C" rf_status rf_curvature_cuda(rf_stream *stream, const rf_curvature_args *args, rf_error *err) {
     rf_status status = stream ? rf_curvature_check_run(args, err) : rf_curvature_check(args, err);
     if (status != RF_OK || !stream || args->num_sets == 0 || args->rows == 0) return status;
-    const int64_t num = args->groups_per_set * args->rows, total = args->num_sets * num;
-    const bool vectors =
-        args->cols % 4 == 0 && args->ld % 4 == 0 && args->slot_stride % 4 == 0 && rf_is_aligned(args->ring, 16);
-    status = vectors ? launch_rows<4>(stream, *args, total, err) : launch_rows<1>(stream, *args, total, err);
+    rf_curvature_args p = *args;
+    if (p.group_rows == 0) p.group_rows = p.rows;
+    if (p.class_ld == 0) p.class_ld = 1;
+    if (p.num_classes_per_row == 0) p.num_classes_per_row = 1;
+    const int64_t num = p.groups_per_set * p.rows, total = p.num_sets * num;
+    const bool vectors = p.cols % 4 == 0 && p.ld % 4 == 0 && p.slot_stride % 4 == 0 && rf_is_aligned(p.ring, 16);
+    status = vectors ? launch_rows<4>(stream, p, total, err) : launch_rows<1>(stream, p, total, err);
     if (status != RF_OK) return status;
 
     static std::atomic<uint64_t> done;
-    const dim3 grid((unsigned)args->num_sets), block(SET_THREADS);
-    if (num > MAX_STAGED)
-        return rf_launch_early(stream, "curvature_sets", err, sets_kernel<false>, grid, block, 0, *args);
+    const dim3 grid((unsigned)p.num_sets), block(SET_THREADS);
+    if (num > MAX_STAGED) return rf_launch_early(stream, "curvature_sets", err, sets_kernel<false>, grid, block, 0, p);
     const cudaError_t code = rf_allow_shared((const void *)sets_kernel<true>, MAX_STAGED * sizeof(float), &done);
     if (code != cudaSuccess) return rf_cuda_fail(err, "curvature_sets", code);
     return rf_launch_early(stream, "curvature_sets", err, sets_kernel<true>, grid, block, (size_t)num * sizeof(float),
-                           *args);
+                           p);
 }

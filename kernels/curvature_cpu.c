@@ -27,7 +27,13 @@ rf_status rf_curvature_check(const rf_curvature_args *a, rf_error *err) {
     RF_TRY(rf_check_size(op, "cols", a->cols, 1, INT32_MAX, err));
     RF_TRY(rf_check_size(op, "ld", a->ld, a->cols, INT32_MAX, err));
     RF_TRY(rf_check_count(op, "kappa", a->num_sets, a->groups_per_set, a->rows, err));
-    int64_t slot = a->num_sets * a->groups_per_set * a->rows;
+    if (a->group_rows != 0) RF_TRY(rf_check_size(op, "group_rows", a->group_rows, a->rows, INT32_MAX, err));
+    RF_TRY(rf_check_size(op, "num_classes_per_row", a->num_classes_per_row, 0, INT32_MAX, err));
+    RF_TRY(rf_check_size(op, "class_ld", a->class_ld, a->num_classes_per_row, INT32_MAX, err));
+    int64_t group_rows = a->group_rows ? a->group_rows : a->rows;
+    RF_TRY(rf_check_count(op, "ring", a->num_sets, a->groups_per_set, group_rows, err));
+    /* of the last group only what counts: ring may point into the first one */
+    int64_t slot = a->rows > 0 ? (a->num_sets * a->groups_per_set - 1) * group_rows + a->rows : 0;
     if (slot > 0 && (a->slot_stride / slot < a->ld || a->slot_stride > INT64_MAX / 8))
         return rf_fail(err, RF_ERR_SHAPE, "%s: slot_stride is %lld, must be at least %lld * %lld", op,
                        (long long)a->slot_stride, (long long)slot, (long long)a->ld);
@@ -99,8 +105,14 @@ static int64_t group_of(const rf_curvature_args *a, int64_t set, int member) {
     return a->index ? a->index[packed] : packed;
 }
 
+/* class: of every cell of a row. */
+static void set_class(const rf_curvature_args *a, int64_t group_rows, int64_t group, int64_t row, uint8_t class) {
+    int64_t ld = a->class_ld ? a->class_ld : 1, num = a->num_classes_per_row ? a->num_classes_per_row : 1;
+    memset(a->row_class + (group * group_rows + row) * ld, class, (size_t)num);
+}
+
 static void classify_set(rf_stream *stream, const rf_curvature_args *a, int64_t set) {
-    const int64_t rows = a->rows, num = a->groups_per_set * rows;
+    const int64_t rows = a->rows, num = a->groups_per_set * rows, group_rows = a->group_rows ? a->group_rows : rows;
     float *plane[PLANES];
     for (int i = 0; i < PLANES; i++) plane[i] = a->workspace + (i * a->num_sets + set) * num;
     float *kappa = plane[0];
@@ -109,8 +121,10 @@ static void classify_set(rf_stream *stream, const rf_curvature_args *a, int64_t 
     if (!valid) {
         for (int m = 0; m < a->groups_per_set; m++) {
             int64_t g = group_of(a, set, m);
-            memset(a->row_class + g * rows, 2, (size_t)rows);
-            for (int64_t r = 0; r < rows; r++) a->kappa[g * rows + r] = 0;
+            for (int64_t r = 0; r < rows; r++) {
+                set_class(a, group_rows, g, r, 2);
+                a->kappa[g * group_rows + r] = 0;
+            }
             for (int k = 0; k < a->horizon; k++) a->drift[g * a->horizon + k] = 0;
         }
         return;
@@ -119,7 +133,7 @@ static void classify_set(rf_stream *stream, const rf_curvature_args *a, int64_t 
 #pragma omp parallel for num_threads(rf_cpu_threads(stream)) schedule(static) if (num * a->cols > 8192)
     for (int64_t i = 0; i < num; i++) {
         int64_t g = group_of(a, set, i >= rows), r = i % rows;
-        const float *at = a->ring + (g * rows + r) * a->ld;
+        const float *at = a->ring + (g * group_rows + r) * a->ld;
         const int32_t *slots = a->slots + g * 3;
         row_dots dots = dots_of(at + slots[0] * a->slot_stride, at + slots[1] * a->slot_stride,
                                 at + slots[2] * a->slot_stride, a->cols, a->gaps[g * 2], a->gaps[g * 2 + 1]);
@@ -144,11 +158,11 @@ static void classify_set(rf_stream *stream, const rf_curvature_args *a, int64_t 
     double sums[MAX_STEPS] = {0};
     int64_t num_chaotic = 0;
     for (int64_t i = 0; i < num; i++) {
-        int64_t at = group_of(a, set, i >= rows) * rows + i % rows;
+        int64_t g = group_of(a, set, i >= rows);
         double k0 = (double)kappa[i];
         uint8_t class = k0 >= q_chaotic ? 2 : k0 < q_stable ? 0 : 1;
-        a->kappa[at] = kappa[i];
-        a->row_class[at] = class;
+        a->kappa[g * group_rows + i % rows] = kappa[i];
+        set_class(a, group_rows, g, i % rows, class);
         if (class != 2) continue;
         num_chaotic++;
         for (int k = 0; k < a->horizon; k++) {

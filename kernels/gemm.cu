@@ -1,4 +1,4 @@
-/* kernels/gemm.cu - Linear layers through cuBLASLt.
+/* kernels/gemm.cu - Linear layers, through cuBLASLt or an own kernel.
  * Maths    y = act(alpha * x w^T + bias) + beta * y0, accumulated in f32.
  * Shapes   x [m, k], w [n, k] (or [k, n]), y [m, n], row-major with row strides; batches at fixed strides.
  * Mapping  cuBLASLt is column-major, where our row-major y [m, n] is D = y^T [n, m]. So A = w (transposed, or not if
@@ -8,6 +8,8 @@
  *          reduction schemes that accumulate in the output type or in place are excluded, they depend on timing.
  *          Where the library has no fused form (SiLU, erf GELU, act together with an addend, an odd bias dtype) the
  *          GEMM's result is rounded to y's dtype and finish_kernel does the rest in a second pass over y.
+ *          Own kernels (gemm_wgmma.cu, gemm_skinny.cu) stand in its place where tuning found them faster, and gemm_skinny.cu
+ *          without tuning where its default rule says so.
  * Plans    An algorithm is chosen in phase PLAN and kept in a table by rf_gemm_key. In phase RUN a missing entry is
  *          RF_ERR_STATE, so that no forward depends on a heuristic's mood. A failed call is an error, not a second try.
  * Cost     compute bound from about 300 rows, else one pass over w. Arch  sm_80 and later.
@@ -379,6 +381,8 @@ static rf_status list_candidates(rf_gemm_state *state, rf_gemm_plan *plan, const
 /* A choice that came from a file: is it valid here? */
 static bool loaded_choice_is_valid(rf_gemm_state *state, rf_stream *stream, const rf_gemm_plan *plan,
                                    const rf_gemm_args *a) {
+    if (plan->choice.id >= RF_GEMM_SKINNY_ID)
+        return rf_gemm_skinny_check(stream, a, plan->choice.id - RF_GEMM_SKINNY_ID, NULL) == RF_OK;
     if (plan->choice.id >= RF_GEMM_WGMMA_ID)
         return rf_gemm_wgmma_check(stream, a, plan->choice.id - RF_GEMM_WGMMA_ID, NULL) == RF_OK;
     cublasLtMatmulHeuristicResult_t result;
@@ -407,6 +411,8 @@ static rf_status make_plan(rf_gemm_state *state, rf_stream *stream, rf_gemm_plan
     }
     plan->choice = candidates[0];
     plan->us = 0.0;
+    const int skinny = rf_gemm_skinny_default(stream, a);
+    if (skinny >= 0) plan->choice.id = RF_GEMM_SKINNY_ID + skinny;
     if (state->tune) st = rf_gemm_tune(state, stream, plan, a, candidates, num, err);
     if (st == RF_OK)
         plan->ready = true;
@@ -419,6 +425,8 @@ static rf_status make_plan(rf_gemm_state *state, rf_stream *stream, rf_gemm_plan
 
 rf_status rf_gemm_plan_launch(rf_gemm_state *state, rf_stream *stream, const rf_gemm_plan *plan,
                               const rf_gemm_candidate *candidate, const rf_gemm_args *a, rf_error *err) {
+    if (candidate->id >= RF_GEMM_SKINNY_ID)
+        return rf_gemm_skinny_force(stream, a, candidate->id - RF_GEMM_SKINNY_ID, err);
     if (candidate->id >= RF_GEMM_WGMMA_ID) return rf_gemm_wgmma_force(stream, a, candidate->id - RF_GEMM_WGMMA_ID, err);
     if (plan->fuse_bias) {
         const cublasStatus_t lt = set_bias(plan->desc, a->bias);

@@ -8,6 +8,9 @@
  * act is applied before the addend; CUDA refuses an act together with y0 == y (RF_ERR_UNSUPPORTED). GELU_TANH is 0.5 u (1 + tanh(sqrt(2/pi)(u + 0.044715 u^3))).
  * Batch strides are in elements; 0 shares the operand. w may be shared while x differs.
  * dtype f32 (true fp32 accumulation, no TF32) or bf16; y_dtype f32 or bf16 (bf16 only with bf16 inputs).
+ * w_is_constant: the caller promises that nothing queued on the stream and possibly unfinished writes w or bias, as holds for a
+ * model's weights after the synchronise that ends loading. CUDA may then fetch them before the kernels ahead of this one are
+ * done. Never for a w that a kernel computes. It changes no bits; default false.
  * CUDA: k, ldx, ldw multiples of 8 (bf16) or 4 (f32) take the tensor-core/vector path; others are RF_ERR_SHAPE. */
 #ifndef RF_KERNELS_GEMM_H
 #define RF_KERNELS_GEMM_H
@@ -27,6 +30,7 @@ typedef struct {
     int64_t m, n, k;
     int64_t ldx, ldw, ldy;
     bool w_is_kn;
+    bool w_is_constant;
     rf_act act;
     float alpha, beta;
     int64_t num_batches; /* 1 for a plain GEMM */
@@ -36,8 +40,8 @@ typedef struct {
 /* alpha 1, beta 0, dense strides, one batch, y_dtype = dtype; pointers NULL. */
 rf_gemm_args rf_gemm_args_default(rf_dtype dtype, int64_t m, int64_t n, int64_t k);
 
-/* CUDA only: how cuBLASLt algorithms are chosen in phase PLAN. Without tuning it is the library's first heuristic choice
- * (the same in every process). With tuning up to 32 candidates are timed on the device, cold weights, and the fastest
+/* CUDA only: how algorithms are chosen in phase PLAN. Without tuning it is cuBLASLt's first heuristic choice, or on Hopper, for
+ * few rows and constant weights, the kernel of gemm_skinny.h (the same in every process). With tuning up to 32 candidates are timed on the device, cold weights, and the fastest
  * bit-stable one is kept; save/load carries choices between processes so that bits do not depend on timing noise. A file of
  * another card or cuBLASLt version is ignored with a log line. No-ops on the host backend. */
 rf_status rf_gemm_set_tuning(rf_stream *stream, bool tune, rf_error *err);

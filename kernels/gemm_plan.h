@@ -9,13 +9,14 @@
 
 #include "core/backend.h"
 #include "kernels/gemm.h"
+#include "kernels/gemm_skinny.h"
 #include "kernels/gemm_wgmma.h"
 
 #define RF_GEMM_WORKSPACE_BYTES (32u << 20)
-#define RF_GEMM_MAX_CANDIDATES  80
+#define RF_GEMM_MAX_CANDIDATES  96
 
-/* Field order is the order in the tuning file. alpha, beta's value and the addresses are free; alignment classes are not:
- * 16 for every address that is a multiple of 16, else 8, 4, 2. */
+/* Field order is the order in the tuning file. alpha, beta's value, w_is_constant and the addresses are free; alignment
+ * classes are not: 16 for every address that is a multiple of 16, else 8, 4, 2. */
 enum {
     RF_GEMM_KEY_M = 0,
     RF_GEMM_KEY_N,
@@ -44,7 +45,7 @@ typedef struct {
 } rf_gemm_key;
 
 typedef struct {
-    int id; /* order of preference on ties; RF_GEMM_WGMMA_ID and above: own kernel */
+    int id; /* order of preference on ties; RF_GEMM_WGMMA_ID, RF_GEMM_SKINNY_ID and above: own kernels */
     cublasLtMatmulAlgo_t algo;
 } rf_gemm_candidate;
 

@@ -115,7 +115,9 @@ static rf_status make_scratch(scratch *s, rf_gemm_state *state, rf_stream *strea
     if (st == RF_OK) st = fill(stream, s->w, a->dtype, s->w_step * (size_t)s->num_copies, 2, err);
     if (st == RF_OK) st = fill(stream, s->y0, a->y_dtype, s->y_bytes, 3, err);
     if (st == RF_OK) st = fill(stream, s->bias, a->y_dtype, bias_bytes, 4, err);
-    return st;
+    if (st != RF_OK) return st;
+    const cudaError_t e = cudaStreamSynchronize(cs); /* the args may say that w is constant: from here on it is */
+    return e == cudaSuccess ? RF_OK : rf_cuda_fail(err, "gemm tuning", e);
 }
 
 /* The caller's args on scratch operands, with the copy-th weights. */
@@ -191,7 +193,24 @@ static int add_own_kernels(rf_stream *stream, const rf_gemm_args *a, rf_gemm_can
         memset(&list[num], 0, sizeof list[num]);
         list[num++].id = RF_GEMM_WGMMA_ID + i;
     }
+    for (int i = 0; i < rf_gemm_skinny_num_configs() && num < max; i++) {
+        if (rf_gemm_skinny_check(stream, a, i, NULL) != RF_OK) continue;
+        memset(&list[num], 0, sizeof list[num]);
+        list[num++].id = RF_GEMM_SKINNY_ID + i;
+    }
     return num;
+}
+
+/* Of a candidate's kernel: "" if it is cuBLASLt's. */
+static const char *own_name(int id) {
+    return id >= RF_GEMM_SKINNY_ID  ? rf_gemm_skinny_config_name(id - RF_GEMM_SKINNY_ID)
+           : id >= RF_GEMM_WGMMA_ID ? rf_gemm_wgmma_config_name(id - RF_GEMM_WGMMA_ID)
+                                    : "";
+}
+
+static bool id_exists(long id) {
+    return (id >= 0 && id < RF_GEMM_WGMMA_ID + rf_gemm_wgmma_num_configs()) ||
+           (id >= RF_GEMM_SKINNY_ID && id < RF_GEMM_SKINNY_ID + rf_gemm_skinny_num_configs());
 }
 
 /* --- timing --------------------------------------------------------------------------------------------------------- */
@@ -295,7 +314,8 @@ rf_status rf_gemm_tune(rf_gemm_state *state, rf_stream *stream, rf_gemm_plan *pl
         st = rf_cuda_fail(err, "gemm tuning", cudaGetLastError());
         goto done;
     }
-    num = add_tile_variants(state, plan, list, num, RF_GEMM_MAX_CANDIDATES - rf_gemm_wgmma_num_configs());
+    num = add_tile_variants(state, plan, list, num,
+                            RF_GEMM_MAX_CANDIDATES - rf_gemm_wgmma_num_configs() - rf_gemm_skinny_num_configs());
     num = add_own_kernels(stream, a, list, num, RF_GEMM_MAX_CANDIDATES);
 
     {
@@ -365,8 +385,8 @@ rf_status rf_gemm_tune(rf_gemm_state *state, rf_stream *stream, rf_gemm_plan *pl
             rf_backend_log(state->backend), RF_LOG_INFO,
             "gemm m %lld n %lld k %lld act %d: %s %d%s%s, %.2f us (first heuristic choice %.2f us, %d of %d usable)",
             (long long)a->m, (long long)a->n, (long long)a->k, (int)a->act, own ? "own kernel" : "cuBLASLt",
-            list[chosen].id, own ? " " : "", own ? rf_gemm_wgmma_config_name(list[chosen].id - RF_GEMM_WGMMA_ID) : "",
-            plan->us, trials[0].dropped ? 0.0 : 1000.0 * median(&trials[0]) / num_calls, num_good, num);
+            list[chosen].id, own ? " " : "", own_name(list[chosen].id), plan->us,
+            trials[0].dropped ? 0.0 : 1000.0 * median(&trials[0]) / num_calls, num_good, num);
     }
 done:
     (void)cudaStreamSynchronize(cs); /* the scratch is freed next */
@@ -418,7 +438,7 @@ static bool parse_line(const char *p, rf_gemm_key *key, rf_gemm_candidate *choic
         p = end;
     }
     const long id = strtol(p, &end, 10);
-    if (end == p || id < 0 || id >= RF_GEMM_WGMMA_ID + rf_gemm_wgmma_num_configs()) return false;
+    if (end == p || !id_exists(id)) return false;
     choice->id = (int)id;
     p = end;
     *us = strtod(p, &end);

@@ -54,9 +54,12 @@ static rf_status rf_launch_early(rf_stream *stream, const char *label, rf_error 
     return rf_launch_with(stream, label, err, true, kernel, grid, block, shared_bytes, args...);
 }
 
+/* Waits for the kernel before, then lets the one behind take its places as soon as all blocks of this one have theirs: it does
+ * nothing but fetch constant weights (rf_gemm_args.w_is_constant) until this one is done. */
 static __device__ __forceinline__ void rf_wait_for_previous(void) {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 

@@ -21,6 +21,7 @@
 #include "kernels/gemm.h"
 #include "kernels/norm.h"
 #include "kernels/reduce.h"
+#include "kernels/rope.h"
 #include "kernels/rows.h"
 #include "kernels/sampler.h"
 
@@ -60,6 +61,9 @@ typedef struct {
     rf_status (*row_merge)(rf_stream *, const rf_row_merge_args *, rf_error *);
     rf_status (*token_select)(rf_stream *, const rf_token_select_args *, rf_error *);
     rf_status (*row_score)(rf_stream *, const rf_row_score_args *, rf_error *);
+
+    rf_status (*rope)(rf_stream *, const rf_rope_args *, rf_error *);
+    rf_status (*temporal_attention)(rf_stream *, const rf_temporal_attention_args *, rf_error *);
 
     rf_status (*sampler_step)(rf_stream *, const rf_sampler_step_args *, rf_error *);
     rf_status (*step_advance)(rf_stream *, const rf_step_advance_args *, rf_error *);

@@ -27,6 +27,8 @@ static const rf_ops cuda_table = {
     rf_row_merge_cuda,
     rf_token_select_cuda,
     rf_row_score_cuda,
+    rf_rope_cuda,
+    rf_temporal_attention_cuda,
     rf_sampler_step_cuda,
     rf_step_advance_cuda,
     rf_fill_normal_cuda,

@@ -20,7 +20,8 @@ size_t rf_conv2d_workspace_cuda(rf_backend *backend, const rf_conv2d_args *args)
 rf_status rf_group_norm_cuda(rf_stream *stream, const rf_group_norm_args *args, rf_error *err);
 rf_status rf_upsample2x_cuda(rf_stream *stream, const rf_upsample2x_args *args, rf_error *err);
 
-/* attention.cu: chooser and entry; attention_mma.cu, attention_f32.cu, attention_wgmma.cu: kernels */
+/* attention.cu: chooser and entry; attention_mma.cu, attention_f32.cu, attention_wgmma.cu, attention_small.cu:
+ * kernels */
 rf_status rf_attention_cuda(rf_stream *stream, const rf_attention_args *args, rf_error *err);
 size_t rf_attention_workspace_cuda(rf_backend *backend, const rf_attention_args *args);
 rf_status rf_attention_merge_cuda(rf_stream *stream, const rf_attention_merge_args *args, rf_error *err);
@@ -48,6 +49,10 @@ rf_status rf_post_cuda(rf_stream *stream, const rf_post_args *args, rf_error *er
 rf_status rf_row_merge_cuda(rf_stream *stream, const rf_row_merge_args *args, rf_error *err);
 rf_status rf_token_select_cuda(rf_stream *stream, const rf_token_select_args *args, rf_error *err);
 rf_status rf_row_score_cuda(rf_stream *stream, const rf_row_score_args *args, rf_error *err);
+
+/* rope.cu, temporal_attention.cu */
+rf_status rf_rope_cuda(rf_stream *stream, const rf_rope_args *args, rf_error *err);
+rf_status rf_temporal_attention_cuda(rf_stream *stream, const rf_temporal_attention_args *args, rf_error *err);
 
 /* sampler.cu */
 rf_status rf_sampler_step_cuda(rf_stream *stream, const rf_sampler_step_args *args, rf_error *err);

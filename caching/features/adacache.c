@@ -9,7 +9,7 @@
  *
  * Order of tests: s < first FULL; last step FULL (if `last`); fewer than 2 FULL steps FULL; s - s_F >= interval FULL;
  * else SKIP. The branch that changes more decides for both. One read-back for each FULL step, at the step after it.
- * codebook=1:1 never skips. */
+ * codebook=1:1 never skips. Carried: step 0 takes the carried residual; after that the rule, with no first steps. */
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -105,11 +105,15 @@ static rf_status setup(const rf_policy *policy, const rf_cache_shape *shape, rf_
     return RF_OK;
 }
 
+static bool never_or_last(const rf_policy *policy, const rf_step_ctx *ctx) {
+    const codebook *book = ctx->layout->tables;
+    return ctx->force_full || book->never_skips || rf_ctx_warms_up(ctx, rf_policy_int(policy, FIRST)) ||
+           (rf_policy_bool(policy, LAST) && ctx->step == ctx->shape->num_steps - 1);
+}
+
 /* Computed whatever the signal says. */
 static bool is_fixed(const rf_policy *policy, const rf_step_ctx *ctx) {
-    const codebook *book = ctx->layout->tables;
-    return ctx->force_full || ctx->num_stored < 2 || book->never_skips || ctx->step < rf_policy_int(policy, FIRST) ||
-           (rf_policy_bool(policy, LAST) && ctx->step == ctx->shape->num_steps - 1);
+    return ctx->num_stored < 2 || never_or_last(policy, ctx);
 }
 
 static bool wants_signals(const rf_policy *policy, const void *state, const rf_step_ctx *ctx) {
@@ -120,7 +124,7 @@ static bool wants_signals(const rf_policy *policy, const void *state, const rf_s
 static void plan_step(const rf_policy *policy, void *state, const rf_step_ctx *ctx, rf_step_plan *plan) {
     const codebook *book = ctx->layout->tables;
     ada_state *s = state;
-    bool full = true;
+    bool full = !(rf_ctx_on_carried(ctx) && ctx->step == 0) || never_or_last(policy, ctx);
     rf_schedule_begin_plan(ctx, plan);
     if (!is_fixed(policy, ctx)) {
         if (s->rated != ctx->stored[0] + 1) {
@@ -148,6 +152,7 @@ const rf_policy_def rf_policy_adacache = {
     .fits = "every model; a solver that adds no noise, at 9 steps or more",
     .options = options,
     .num_options = NUM_OPTIONS,
+    .carries = true,
     .state_bytes = sizeof(ada_state),
     .setup = setup,
     .wants_signals = wants_signals,

@@ -10,6 +10,7 @@
  * Order of tests: forced, no history; warm-up (steps 0, interval, 2 interval, .. below warmup; steps of warmup between
  * them may be reused) or, if a mask is given, its 1s instead; threshold <= 0; max_cached reached; max_continuous
  * reached; the probe.
+ * Carried: no warm-up (a mask stays as it is), and d_ref is the carried snapshot's.
  * Traps: max_cached and max_continuous of -1 are no bound, of 0 never reuse. In a mask 0 means may reuse, not must. */
 #include <string.h>
 
@@ -109,10 +110,11 @@ static void plan_span(const rf_policy *policy, const rf_step_ctx *ctx, rf_step_p
     }
 }
 
-static bool is_warming_up(const rf_policy *policy, int step) {
+static bool is_warming_up(const rf_policy *policy, const rf_step_ctx *ctx) {
     const char *mask = rf_policy_text(policy, MASK);
+    int step = ctx->step;
     if (mask[0]) return (size_t)step < strlen(mask) && mask[step] == '1';
-    return step < rf_policy_int(policy, WARMUP) && step % rf_policy_int(policy, INTERVAL) == 0;
+    return rf_ctx_warms_up(ctx, rf_policy_int(policy, WARMUP)) && step % rf_policy_int(policy, INTERVAL) == 0;
 }
 
 static void plan(const rf_policy *policy, void *memory, const rf_step_ctx *ctx, rf_step_plan *out) {
@@ -120,9 +122,9 @@ static void plan(const rf_policy *policy, void *memory, const rf_step_ctx *ctx, 
     int64_t max_cached = rf_policy_int(policy, MAX_CACHED), max_run = rf_policy_int(policy, MAX_CONTINUOUS);
     plan_span(policy, ctx, out);
     /* every step so far was full or reusing; horizon - 1 of them reused since the last full one */
-    bool full = ctx->force_full || ctx->num_stored == 0 || is_warming_up(policy, ctx->step) ||
+    bool full = ctx->force_full || ctx->num_stored == 0 || is_warming_up(policy, ctx) ||
                 rf_policy_double(policy, THRESHOLD) <= 0 ||
-                (max_cached >= 0 && ctx->step - ctx->num_stored >= max_cached) ||
+                (max_cached >= 0 && ctx->step - rf_schedule_num_full(ctx) >= max_cached) ||
                 (max_run >= 0 && out->horizon > max_run);
     if (full) st->sum = 0;
     out->kind = full ? RF_STEP_FULL : is_always(policy) ? RF_STEP_PARTIAL : RF_STEP_PROBE;
@@ -149,6 +151,7 @@ const rf_policy_def rf_policy_dbcache = {
     .fits = "models of more than fn + bn blocks; any number of steps; calibrator=taylor: solvers that add no noise",
     .options = options,
     .num_options = NUM_OPTIONS,
+    .carries = true,
     .state_bytes = sizeof(state),
     .setup = setup,
     .wants_signals = wants_signals,

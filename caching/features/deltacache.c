@@ -75,6 +75,7 @@ const rf_policy_def rf_policy_deltacache = {
     .fits = "any denoiser, any solver; 9 steps or more",
     .options = options,
     .num_options = NUM_OPTIONS,
+    .carries = true,
     .setup = setup,
     .plan = plan,
 };

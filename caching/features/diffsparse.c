@@ -5,7 +5,7 @@
  *   0        every part from its cache
  *   1, 2, 3  floor(K N / 4) rows of the MLP; self-attention: as many rows (attention=rows), none (cached) or all
  *            (full). The paper does not say which parts run on the chosen rows; ToCa's choice is cached. Attention to
- *            text: as many rows.
+ *            text, over frames: as many rows.
  * Rows are chosen as in toca.c. A step that is all 4 is FULL, one that is
  * all 0 a SKIP of parts. Nothing is stored before step 0, so the first steps (`first`, 1 at least) are full in any
  * case; they count against the budget, and are full even where they alone are above it.
@@ -284,7 +284,7 @@ const rf_policy_def rf_policy_diffsparse = {
     .level = "token",
     .paper = "DiffSparse, arXiv 2604.03674 (ICLR 2026)",
     .summary = "a table says what share of the token rows each layer computes at each step, fitted to a budget",
-    .fits = "blocks of one self-attention and one MLP; any solver and number of steps; fitted for one model",
+    .fits = "blocks of one self-attention and MLPs; any solver and number of steps; fitted for one model",
     .options = options,
     .num_options = NUM_OPTIONS,
     .setup = setup,

@@ -9,7 +9,8 @@
  * Order of tests: s < first FULL, acc = 0; last step FULL (if `last`); fewer than 2 FULL steps FULL; acc + eps >=
  * threshold FULL; else SKIP. The conditional branch decides for both (branch=any: the larger acc). Nothing of the model
  * runs on a SKIP. threshold=0 never skips. eps that cannot be formed (input at rest or output 0 while the other moves)
- * asks for FULL. */
+ * asks for FULL. Carried: step 0 takes the carried difference; after that the rule, with no first steps: two FULL steps
+ * have to tell kappa. */
 #include "caching/features/features.h"
 #include "caching/features/schedule.h"
 
@@ -51,11 +52,15 @@ static rf_status setup(const rf_policy *policy, const rf_cache_shape *shape, rf_
     return RF_OK;
 }
 
+static bool never_or_last(const rf_policy *policy, const rf_step_ctx *ctx) {
+    return ctx->force_full || rf_policy_double(policy, THRESHOLD) <= 0 ||
+           rf_ctx_warms_up(ctx, rf_policy_int(policy, FIRST)) ||
+           (rf_policy_bool(policy, LAST) && ctx->step == ctx->shape->num_steps - 1);
+}
+
 /* Computed whatever the signals say. */
 static bool is_fixed(const rf_policy *policy, const rf_step_ctx *ctx) {
-    return ctx->force_full || ctx->num_stored < 2 || rf_policy_double(policy, THRESHOLD) <= 0 ||
-           ctx->step < rf_policy_int(policy, FIRST) ||
-           (rf_policy_bool(policy, LAST) && ctx->step == ctx->shape->num_steps - 1);
+    return ctx->num_stored < 2 || never_or_last(policy, ctx);
 }
 
 static bool wants_signals(const rf_policy *policy, const void *state, const rf_step_ctx *ctx) {
@@ -80,7 +85,7 @@ static double change_of(const rf_step_ctx *ctx, int branch) {
 static void plan_step(const rf_policy *policy, void *state, const rf_step_ctx *ctx, rf_step_plan *plan) {
     easy_state *s = state;
     int branches = rf_policy_int(policy, BRANCH) == COND ? 1 : ctx->shape->branches;
-    bool full = true;
+    bool full = !(rf_ctx_on_carried(ctx) && ctx->step == 0) || never_or_last(policy, ctx);
     rf_schedule_begin_plan(ctx, plan);
     if (!is_fixed(policy, ctx)) {
         double change[2] = {0};
@@ -103,6 +108,7 @@ const rf_policy_def rf_policy_easycache = {
     .fits = "every model that puts out what it takes in; a solver that adds no noise, at 9 steps or more",
     .options = options,
     .num_options = NUM_OPTIONS,
+    .carries = true,
     .state_bytes = sizeof(easy_state),
     .setup = setup,
     .wants_signals = wants_signals,

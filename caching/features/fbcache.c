@@ -8,7 +8,8 @@
  * base form nothing else bounds a run of them; warmup and max_skips do (both off by default).
  *
  * Order of tests: forced, no history, s < warmup, threshold <= 0, run of skips at max_skips: FULL with no probe; then
- * the probe; rho < threshold reuses. rho is the larger of the branches': both take one decision. */
+ * the probe; rho < threshold reuses. rho is the larger of the branches': both take one decision. Carried: d_ref is the
+ * carried snapshot's, so the probe says whether it will do. */
 #include "caching/features/features.h"
 #include "caching/features/schedule.h"
 
@@ -51,7 +52,7 @@ static void plan_reuse(const rf_step_ctx *ctx, rf_step_plan *out) {
 static void plan(const rf_policy *policy, void *state, const rf_step_ctx *ctx, rf_step_plan *out) {
     int max_skips = (int)rf_policy_int(policy, MAX_SKIPS);
     plan_reuse(ctx, out);
-    bool full = ctx->force_full || ctx->num_stored == 0 || ctx->step < rf_policy_int(policy, WARMUP) ||
+    bool full = ctx->force_full || ctx->num_stored == 0 || rf_ctx_warms_up(ctx, rf_policy_int(policy, WARMUP)) ||
                 rf_policy_double(policy, THRESHOLD) <= 0 || (max_skips >= 0 && out->horizon > max_skips);
     out->kind = full ? RF_STEP_FULL : RF_STEP_PROBE;
 }
@@ -72,6 +73,7 @@ const rf_policy_def rf_policy_fbcache = {
     .fits = "models of 2 blocks or more; any solver; any number of steps",
     .options = options,
     .num_options = NUM_OPTIONS,
+    .carries = true,
     .setup = setup,
     .wants_signals = wants_signals,
     .plan = plan,

@@ -6,7 +6,8 @@
  * Which steps: the released code counts steps downwards, i = T - 1 - s, and computes where i % interval == 0 and at the
  * first step, so the last step is always FULL (count=down). count=up counts s as the paper's text does.
  *
- * Order of tests: forced, no history, i % interval. The schedule is by index: a forced step does not shift it. */
+ * Order of tests: forced, no history, i % interval. The schedule is by index: a forced step does not shift it. Carried:
+ * the first step is as i says, no more FULL in any case. */
 #include "caching/features/features.h"
 #include "caching/features/schedule.h"
 
@@ -45,6 +46,7 @@ const rf_policy_def rf_policy_fora = {
     .fits = "any denoiser, any solver; 9 steps or more",
     .options = options,
     .num_options = NUM_OPTIONS,
+    .carries = true,
     .setup = setup,
     .plan = plan,
 };

@@ -6,7 +6,7 @@
  * Order 1 is Taylor with its slope times 2 sigma^2: sigma = .5 halves it, sigma = sqrt(.5) is Taylor. Trap: the
  * second-order term changes sign at sigma k = sqrt(.5) and does not vanish as k goes to 0.
  *
- * Order of tests: forced, no history, s < first, interval. Defaults: sigma .5 as in the code (its launcher passes .7),
+ * Order of tests: forced, no history, s < first, interval. Carried: as taylorseer.c. Defaults: sigma .5 as in the code (its launcher passes .7),
  * first 3, interval 5 and order 2 out of its 5-7 and 1-2. */
 #include "caching/features/features.h"
 #include "caching/features/schedule.h"
@@ -49,6 +49,7 @@ const rf_policy_def rf_policy_hicache = {
     .fits = "any denoiser; solvers that add no noise; 9 steps or more",
     .options = options,
     .num_options = NUM_OPTIONS,
+    .carries = true,
     .setup = setup,
     .plan = plan,
 };

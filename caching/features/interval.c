@@ -7,7 +7,7 @@
  * the last order + 1 snapshots.
  *
  * Order of tests: s < first FULL; last step FULL (if `last`); s - s_F >= interval FULL; else SKIP with k = s - s_F.
- * interval=1 never skips. A step forced FULL restarts the count. */
+ * interval=1 never skips. A step forced FULL restarts the count. Carried: counted from the carried snapshot's step. */
 #include "caching/features/features.h"
 #include "caching/features/schedule.h"
 
@@ -65,6 +65,7 @@ const rf_policy_def rf_policy_interval = {
     .fits = "every model, with a solver that adds no noise, at 9 steps or more",
     .options = options,
     .num_options = NUM_OPTIONS,
+    .carries = true,
     .setup = setup,
     .plan = plan_step,
 };

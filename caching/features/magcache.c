@@ -8,6 +8,8 @@
  * A table of another length is resampled by nearest neighbour. Every branch has a table and sums of its own; the first
  * to ask for FULL decides for both. Data is never looked at: the schedule is known before the run.
  *
+ * Carried: sums begin empty with step 0, as if a FULL step stood in front of it.
+ *
  * Order of tests: s < start FULL (sums stay empty); last step FULL (if `last`, which the reference does not have);
  * sums; FULL resets.
  * Pitfalls - `<=` as in most of the reference (Wan's copy has `<`; they differ only where err meets the threshold to
@@ -196,9 +198,10 @@ static void plan_step(const rf_policy *policy, void *state, const rf_step_ctx *c
     const mag_tables *t = ctx->layout->tables;
     mag_state *s = state;
     int num_steps = ctx->shape->num_steps;
-    bool full = ctx->force_full || ctx->num_stored == 0 || ctx->step < t->start || never_skips(policy) ||
+    bool full = ctx->force_full || ctx->num_stored == 0 || rf_ctx_warms_up(ctx, t->start) || never_skips(policy) ||
                 (rf_policy_bool(policy, LAST) && ctx->step == num_steps - 1);
     rf_schedule_begin_plan(ctx, plan);
+    if (ctx->step == 0) *s = (mag_state){.ratio = {1, 1}};
     if (!full) {
         plan->threshold = rf_policy_double(policy, THRESHOLD);
         plan->statistic = 0;
@@ -228,6 +231,7 @@ const rf_policy_def rf_policy_magcache = {
         "models with a measured table (refrain calibrate magcache); a solver that adds no noise, at 9 steps or more",
     .options = options,
     .num_options = NUM_OPTIONS,
+    .carries = true,
     .state_bytes = sizeof(mag_state),
     .setup = setup,
     .plan = plan_step,

@@ -5,20 +5,21 @@
  * and otherwise given again as it was last computed; count is the number of calls so far, that is the step. A part
  * computed on a step where others are reused renews its ring in place. A step is FULL if all kinds are computed, SKIP
  * if none is, else PARTIAL.
- * One attention per block here, so the paper's spatial and temporal ranges are `self`; parallel blocks (attention and
- * MLP in one) follow `self`. The paper broadcasts MLPs only in some blocks at listed timesteps: mlp is 1, off, by
- * default.
- * Defaults: self 2 and cross 6 as everywhere in its table; window 100-850 of OpenSora-Plan and CogVideoX.
+ * The paper's spatial range is `self`, which parallel blocks (attention and MLP in one) follow. The paper broadcasts
+ * MLPs only in some blocks at listed timesteps: mlp is 1, off, by default.
+ * Defaults: self 2, temporal 4 and cross 6 of its table; window 100-850 of OpenSora-Plan and CogVideoX.
  *
  * Order of tests per kind: forced, no history, window, count. The count goes on through forced steps. */
 #include "caching/features/features.h"
 #include "caching/features/schedule.h"
 
-enum { SELF, CROSS, MLP, LO, HI, NUM_OPTIONS };
+enum { SELF, TEMPORAL, CROSS, MLP, LO, HI, NUM_OPTIONS };
 
 static const rf_policy_option options[NUM_OPTIONS] = {
     [SELF] = {"self", RF_OPTION_INT, "2", 1, 10000, NULL,
               "self-attention is computed every how many-th step; 1 = always"},
+    [TEMPORAL] = {"temporal", RF_OPTION_INT, "4", 1, 10000, NULL,
+                  "attention over frames likewise, in models that have it"},
     [CROSS] = {"cross", RF_OPTION_INT, "6", 1, 10000, NULL, "cross-attention likewise"},
     [MLP] = {"mlp", RF_OPTION_INT, "1", 1, 10000, NULL, "MLPs likewise"},
     [LO] = {"lo", RF_OPTION_DOUBLE, "100", -1, 1001, NULL, "reuse only at timesteps above this"},
@@ -26,7 +27,12 @@ static const rf_policy_option options[NUM_OPTIONS] = {
 };
 
 static int64_t range_of(const rf_policy *policy, int kind) {
-    return rf_policy_int(policy, kind == RF_CACHE_CROSS ? CROSS : kind == RF_CACHE_MLP ? MLP : SELF);
+    switch (kind) {
+    case RF_CACHE_TEMPORAL: return rf_policy_int(policy, TEMPORAL);
+    case RF_CACHE_CROSS: return rf_policy_int(policy, CROSS);
+    case RF_CACHE_MLP: return rf_policy_int(policy, MLP);
+    default: return rf_policy_int(policy, SELF);
+    }
 }
 
 static rf_status setup(const rf_policy *policy, const rf_cache_shape *shape, rf_cache_layout *layout, rf_error *err) {

@@ -58,7 +58,9 @@ static int classes_of(const rf_cache_layout *layout) {
 }
 
 static const char *check_parts(const rf_cache_shape *shape, const rf_cache_layout *layout, const rf_step_plan *p) {
+    int32_t block_rows = 0;
     for (int i = 0; i < shape->num_blocks * shape->num_parts; i++) {
+        if (i % shape->num_parts == 0) block_rows = 0;
         if (p->parts[i] == RF_DO_COMPUTE) {
             int block = i / shape->num_parts;
             bool inside = p->produce == RF_PRODUCE_OUTPUT ||
@@ -76,6 +78,10 @@ static const char *check_parts(const rf_cache_shape *shape, const rf_cache_layou
         if (p->kind == RF_STEP_SKIP) return "token rows in a skipped step";
         if (!layout->tokens.used || p->rows[i] < 1 || p->rows[i] >= shape->tokens)
             return "a wrong number of token rows";
+        if (shape->part_kinds[i] == RF_CACHE_SELF && !layout->tokens.attention_rows)
+            return "token rows of an attention that keeps no keys";
+        if (block_rows != 0 && p->rows[i] != block_rows) return "different token rows in one block";
+        block_rows = p->rows[i];
     }
     return NULL;
 }
@@ -92,7 +98,9 @@ static int depth_of(const rf_cache_layout *layout, const rf_step_plan *p) {
 /* What is wrong with it, NULL if nothing is. */
 static const char *check_plan(const rf_cache_shape *shape, const rf_cache_layout *layout, const rf_step_plan *p,
                               int num_stored) {
-    if (p->kind != RF_STEP_FULL && num_stored == 0) return "a step that is not full before the first that is";
+    if (p->kind != RF_STEP_FULL && num_stored == 0)
+        return "a step that is not full before the first that is (runs that begin with features of another do not "
+               "replay)";
     if (p->produce != RF_PRODUCE_NONE && depth_of(layout, p) < 1) return "a prediction of what is not kept";
     if (p->num_terms > num_stored || p->num_terms > depth_of(layout, p)) return "more terms than snapshots";
     if (p->verify && (p->kind == RF_STEP_FULL || p->produce != RF_PRODUCE_NONE)) {

@@ -3,6 +3,7 @@
  *
  * Schedule (TaylorSeer, arXiv 2503.06923; HiCache uses the same): FULL while s < first, then FULL whenever interval - 1
  * steps have been skipped. It counts from the last stored step, so a step forced FULL restarts the count.
+ * A carried snapshot counts as stored at its step below 0.
  * History: the reference forms differences at a FULL step only if s > first - 2, so steps before first - 2 are never
  * used. */
 #ifndef RF_CACHING_FEATURES_SCHEDULE_H
@@ -20,7 +21,13 @@ static inline int rf_schedule_min_steps(int for_rule) {
 }
 
 static inline bool rf_schedule_is_full(const rf_step_ctx *ctx, int first, int interval) {
-    return ctx->force_full || ctx->num_stored == 0 || ctx->step < first || ctx->step - ctx->stored[0] >= interval;
+    return ctx->force_full || ctx->num_stored == 0 || rf_ctx_warms_up(ctx, first) ||
+           ctx->step - ctx->stored[0] >= interval;
+}
+
+/* FULL steps of this run so far. */
+static inline int rf_schedule_num_full(const rf_step_ctx *ctx) {
+    return rf_ctx_on_carried(ctx) ? 0 : ctx->num_stored;
 }
 
 /* Steps since the last stored one, 0 without any. */

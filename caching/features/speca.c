@@ -8,7 +8,8 @@
  *
  * Order of tests, n = steps drafted since the last FULL one: forced, no history, s < first: FULL; n >= max: FULL;
  * n < min: draft unasked; error above the threshold: FULL; else draft. A draft is verified from the min-th in a row on,
- * whether or not anyone will ask: with output=verified it is the better value. max = 0 never drafts. */
+ * whether or not anyone will ask: with output=verified it is the better value. max = 0 never drafts. Carried: no first
+ * steps; drafts reuse the carried snapshot, and are counted from its step. */
 #include "caching/features/features.h"
 #include "caching/features/schedule.h"
 
@@ -46,10 +47,12 @@ typedef enum { VERDICT_FULL, VERDICT_DRAFT, VERDICT_ERROR } verdict;
 
 /* All tests but the one that needs the error. */
 static verdict judge(const rf_policy *policy, const state *st, const rf_step_ctx *ctx) {
-    if (ctx->force_full || ctx->num_stored == 0 || ctx->step < rf_policy_int(policy, FIRST)) return VERDICT_FULL;
+    if (ctx->force_full || ctx->num_stored == 0 || rf_ctx_warms_up(ctx, rf_policy_int(policy, FIRST)))
+        return VERDICT_FULL;
     int drafted = ctx->step - ctx->stored[0] - 1;
     if (drafted >= rf_policy_int(policy, MAX)) return VERDICT_FULL;
-    return drafted >= rf_policy_int(policy, MIN) && st->verified == ctx->step ? VERDICT_ERROR : VERDICT_DRAFT;
+    bool verified = ctx->step > 0 && st->verified == ctx->step;
+    return drafted >= rf_policy_int(policy, MIN) && verified ? VERDICT_ERROR : VERDICT_DRAFT;
 }
 
 static bool wants_signals(const rf_policy *policy, const void *memory, const rf_step_ctx *ctx) {
@@ -101,6 +104,7 @@ const rf_policy_def rf_policy_speca = {
     .fits = "any denoiser; solvers that add no noise; 9 steps or more",
     .options = options,
     .num_options = NUM_OPTIONS,
+    .carries = true,
     .state_bytes = sizeof(state),
     .setup = setup,
     .wants_signals = wants_signals,

@@ -10,7 +10,8 @@
  * Schedule: FULL while s < first, then FULL whenever interval - 1 steps have been skipped. Differences reach back to
  * step first - 2.
  *
- * Order of tests: forced, no history, s < first, interval. A forced step restarts the count.
+ * Order of tests: forced, no history, s < first, interval. A forced step restarts the count. Carried: no first steps, the
+ * carried snapshot is reused (order 0), and order 1 has to wait for the second FULL step of the run.
  * Defaults: DiT's interval 4 and first 2, and order 1, which the releases for FLUX, HunyuanVideo and Wan use; DiT's own
  * is 4. */
 #include "caching/features/features.h"
@@ -60,6 +61,7 @@ const rf_policy_def rf_policy_taylorseer = {
     .fits = "any denoiser; solvers that add no noise (order 0: any); 9 steps or more",
     .options = options,
     .num_options = NUM_OPTIONS,
+    .carries = true,
     .setup = setup,
     .plan = plan,
 };

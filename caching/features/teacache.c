@@ -7,6 +7,7 @@
  *
  * Order of tests: s < first FULL, acc = 0; s >= T - last FULL, acc = 0; acc + P(rho) >= threshold FULL, acc = 0; else
  * SKIP.
+ * Carried: no first steps; nothing is known of what lies between the carried residual and step 0, which counts as 0.
  * Branches have an acc each; branch=any computes both when one of them asks, branch=cond asks the conditional
  * branch only. threshold=0 never skips (said apart, because P may be negative).
  * Pitfalls - P may be negative and then lowers acc; it is not clamped. Outside the range of its fit it means nothing:
@@ -186,11 +187,12 @@ static rf_status setup(const rf_policy *policy, const rf_cache_shape *shape, rf_
 /* Computed whatever the signal says. */
 static bool is_fixed(const rf_policy *policy, const rf_step_ctx *ctx) {
     return ctx->force_full || ctx->num_stored == 0 || rf_policy_double(policy, THRESHOLD) <= 0 ||
-           ctx->step < rf_policy_int(policy, FIRST) || ctx->step >= ctx->shape->num_steps - rf_policy_int(policy, LAST);
+           rf_ctx_warms_up(ctx, rf_policy_int(policy, FIRST)) ||
+           ctx->step >= ctx->shape->num_steps - rf_policy_int(policy, LAST);
 }
 
 static bool wants_signals(const rf_policy *policy, const void *state, const rf_step_ctx *ctx) {
-    return !is_fixed(policy, ctx);
+    return !is_fixed(policy, ctx) && ctx->step > 0;
 }
 
 static double change_of(const rf_policy *policy, const rf_step_ctx *ctx, int branch) {
@@ -207,7 +209,7 @@ static void plan_step(const rf_policy *policy, void *state, const rf_step_ctx *c
     rf_schedule_begin_plan(ctx, plan);
     if (!is_fixed(policy, ctx)) {
         double change[2] = {0};
-        for (int b = 0; b < branches; b++) change[b] = change_of(policy, ctx, b);
+        for (int b = 0; b < branches && ctx->step > 0; b++) change[b] = change_of(policy, ctx, b);
         full = rf_schedule_add_up(s->acc, change, branches, rf_policy_double(policy, THRESHOLD), plan);
     }
     if (full) s->acc[0] = s->acc[1] = 0;
@@ -225,6 +227,7 @@ const rf_policy_def rf_policy_teacache = {
     .fits = "every model; best with coefficients of its own; a solver that adds no noise, at 9 steps or more",
     .options = options,
     .num_options = NUM_OPTIONS,
+    .carries = true,
     .state_bytes = sizeof(tea_state),
     .setup = setup,
     .wants_signals = wants_signals,

@@ -8,7 +8,8 @@
  *   rows = floor(tokens * clamp(ratio * layer * step * module, 0, 1))
  *   step = 1 + w - 2 w s' / T     layer = 1 + w - 2 w l / (L - 1)     each w its own option
  *   module = 1 + .6 w for the MLP, 1 - .4 w for attention to text
- * and self-attention is reused, or (attention=rows, not in the released settings, whose factor for attention is 0)
+ * (attention over frames as the MLP: its keys of other frames are kept, so that any rows can be computed alone) and
+ * self-attention is reused, or (attention=rows, not in the released settings, whose factor for attention is 0)
  * renewed for as many rows as the MLP's. Rows are chosen on the device (kernels/cache.h, rf_token_select_args):
  *   score = s1 + age_weight * age / interval (the released code's fresh_threshold), then bonus * score for the best row of every cell x cell square of the grid
  * Order of tests: force, no history, first step, interval 1: FULL; s' % thr. A step whose parts all compute all rows
@@ -146,7 +147,7 @@ const rf_policy_def rf_policy_toca = {
     .level = "token",
     .paper = "Accelerating diffusion transformers with token-wise feature caching (ToCa), arXiv 2410.05317",
     .summary = "between full steps attention is reused and each MLP computes only the token rows that matter most",
-    .fits = "blocks of one self-attention and one MLP; any solver; 9 steps or more",
+    .fits = "blocks of one self-attention and MLPs; any solver; 9 steps or more",
     .options = options,
     .num_options = RF_TOCA_NUM_OPTIONS,
     .state_bytes = sizeof(rf_toca_state),

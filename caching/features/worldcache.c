@@ -15,6 +15,14 @@
  * Order of tests: s < warmup FULL; last step FULL; fewer than 3 FULL outputs FULL; E_acc >= threshold FULL; k >
  * max_skips FULL; else SKIP. A step is never taken back: E_acc holds the drift of earlier steps. Both branches have
  * their own E_acc; the first to ask for FULL decides for both.
+ * Carried: no warm-up; the carried output is reused for all rows until k > max_skips; then three FULL steps, as nothing
+ * is known of this run's curvature.
+ *
+ * Streams (shape.streams: colour, depth, ...; the paper's models put out several). Each has quantiles, classes and an E
+ * of its own, and the first whose E_acc reaches the threshold asks for FULL: a stream of few rows is not outvoted. (The
+ * released code pools a batch's modalities: one quantile over the tokens of all, one mean.) kappa has the unit 1/output
+ * and |dy| that of the output, so E has none: neither scale nor clock of a stream changes a decision, as long as |v0|^2
+ * is far above 1e-8.
  *
  * Paper and released code differ; both are here:
  *   rule=paper E averages over the chaotic rows; rule=code over all rows, the others counted as 0. So the same run has
@@ -70,7 +78,7 @@ static const rf_policy_option options[NUM_OPTIONS] = {
 
 typedef struct {
     int known_from;                        /* the FULL step that sums belong to, plus 1; 0 = none */
-    double sums[RF_CACHE_MAX_HORIZON + 1]; /* [k] = E(1) + .. + E(k), the largest of the branches */
+    double sums[RF_CACHE_MAX_HORIZON + 1]; /* [k] = E(1) + .. + E(k), the largest of branches and streams */
 } state;
 
 /* alpha of the blend, k steps ahead. */
@@ -128,13 +136,13 @@ typedef enum { VERDICT_FULL, VERDICT_SKIP, VERDICT_DRIFT } verdict;
 /* All tests but the one that needs E. */
 static verdict judge(const rf_policy *policy, const rf_step_ctx *ctx) {
     int s = ctx->step;
-    if (ctx->force_full || s < rf_policy_int(policy, WARMUP)) return VERDICT_FULL;
-    if (s == ctx->shape->num_steps - 1 || ctx->num_stored < 3) return VERDICT_FULL;
+    if (ctx->force_full || rf_ctx_warms_up(ctx, rf_policy_int(policy, WARMUP))) return VERDICT_FULL;
+    if (s == ctx->shape->num_steps - 1 || (ctx->num_stored < 3 && !rf_ctx_on_carried(ctx))) return VERDICT_FULL;
     bool cas = rf_policy_int(policy, SKIP) == SKIP_CAS;
     if (cas && rf_policy_double(policy, THRESHOLD) <= 0) return VERDICT_FULL; /* E_acc starts at 0 */
     int k = s - ctx->stored[0];
     if (k > rf_policy_int(policy, MAX_SKIPS)) return VERDICT_FULL;
-    return cas && k > 1 ? VERDICT_DRIFT : VERDICT_SKIP;
+    return cas && k > 1 && !rf_ctx_on_carried(ctx) ? VERDICT_DRIFT : VERDICT_SKIP;
 }
 
 static bool wants_signals(const rf_policy *policy, const void *memory, const rf_step_ctx *ctx) {
@@ -147,13 +155,15 @@ static void learn_drift(const rf_policy *policy, state *st, const rf_step_ctx *c
     st->known_from = ctx->stored[0] + 1;
     const float *t = rf_policy_int(policy, TIME) == TIME_TIMESTEP ? ctx->shape->timesteps : NULL;
     int from = ctx->stored[0], last = ctx->shape->num_steps - 1;
-    double sums[2] = {0, 0};
+    int streams = ctx->shape->num_streams > 1 ? ctx->shape->num_streams : 1;
+    double sums[2 * RF_CACHE_MAX_STREAMS] = {0};
     for (int k = 1; k <= ctx->layout->curvature.horizon; k++) {
         st->sums[k] = 0;
         double spacing = t ? ((double)t[from] - (double)t[from + k < last ? from + k : last]) / k : 1;
-        for (int b = 0; b < ctx->shape->branches; b++) {
-            sums[b] += (double)ctx->drift[b][k - 1] * spacing;
-            if (!(sums[b] <= st->sums[k]) && !isnan(st->sums[k])) st->sums[k] = sums[b]; /* a NaN asks for FULL */
+        for (int i = 0; i < 2 * streams; i++) {
+            if (i % 2 >= ctx->shape->branches) continue;
+            sums[i] += (double)ctx->drift[i][k - 1] * spacing;
+            if (!(sums[i] <= st->sums[k]) && !isnan(st->sums[k])) st->sums[k] = sums[i]; /* a NaN asks for FULL */
         }
     }
 }
@@ -200,7 +210,11 @@ static void plan(const rf_policy *policy, void *memory, const rf_step_ctx *ctx, 
     state *st = memory;
     rf_schedule_begin_plan(ctx, out);
     out->produce = RF_PRODUCE_OUTPUT;
-    if (ctx->num_stored >= 3) fill_weights(policy, ctx, out);
+    if (rf_ctx_on_carried(ctx)) {
+        for (int i = 0; i < RF_CACHE_MAX_CLASSES; i++) out->num_terms = rf_predict_reuse(out->weights[i]);
+    } else if (ctx->num_stored >= 3) {
+        fill_weights(policy, ctx, out);
+    }
     verdict v = judge(policy, ctx);
     bool skip = v == VERDICT_SKIP;
     if (v != VERDICT_FULL && rf_policy_int(policy, SKIP) == SKIP_CAS) {
@@ -226,6 +240,7 @@ const rf_policy_def rf_policy_worldcache = {
     .fits = "any denoiser; solvers that add no noise; 9 steps or more",
     .options = options,
     .num_options = NUM_OPTIONS,
+    .carries = true,
     .state_bytes = sizeof(state),
     .setup = setup,
     .wants_signals = wants_signals,

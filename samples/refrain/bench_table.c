@@ -52,6 +52,23 @@ static void print_md(const bench_row *rows, int num_rows) {
     }
 }
 
+static void print_world_md(const bench_row *rows, int num_rows) {
+    printf("| model | params | device | dtype | what | steps | batch | size | median ms | mean ± sd | min | TFLOP/s | "
+           "frames/s | floor ms | arena MB | graph nodes |\n");
+    printf("|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|\n");
+    for (int i = 0; i < num_rows; i++) {
+        const bench_row *r = &rows[i];
+        char rate[24], frames[24], least[24], nodes[24];
+        cell(rate, r->tflops < 10 ? 3 : 1, r->tflops);
+        cell(frames, 2, r->frames_per_s);
+        cell(least, 3, r->floor_ms);
+        cell(nodes, 0, r->graph_nodes);
+        printf("| %s | %.1f M | %s | %s | %s | %d | %d | %s | %.3f | %.3f ± %.3f | %.3f | %s | %s | %s | %.1f | %s |\n",
+               r->model, (double)r->num_params / 1e6, r->device, r->dtype, r->what, r->num_steps, r->batch, r->size,
+               r->median_ms, r->mean_ms, r->sd_ms, r->min_ms, rate, frames, least, (double)r->arena_bytes / 1e6, nodes);
+    }
+}
+
 /* A field in quotes where it needs them. */
 static void print_csv_text(const char *text) {
     putchar('"');
@@ -79,6 +96,41 @@ static void print_csv(const bench_row *rows, int num_rows) {
     }
 }
 
+static void print_csv_number(double value, int decimals) {
+    if (value > 0) printf("%.*f", decimals, value);
+    putchar(',');
+}
+
+static void print_world_csv(const bench_row *rows, int num_rows) {
+    printf("model,params,device,dtype,what,steps,batch,size,kept,frames,runs,median_ms,mean_ms,sd_ms,min_ms,tflops,"
+           "frames_per_s,floor_ms,graph_nodes,arena_bytes\n");
+    for (int i = 0; i < num_rows; i++) {
+        const bench_row *r = &rows[i];
+        print_csv_text(r->model);
+        printf("%" PRId64 ",", r->num_params);
+        print_csv_text(r->device);
+        printf("%s,", r->dtype);
+        print_csv_text(r->what);
+        printf("%d,%d,%s,", r->num_steps, r->batch, r->size);
+        print_csv_number(r->kept, 0);
+        print_csv_number(r->frames, 0);
+        printf("%d,%.6f,%.6f,%.6f,%.6f,", r->num_runs, r->median_ms, r->mean_ms, r->sd_ms, r->min_ms);
+        print_csv_number(r->tflops, 4);
+        print_csv_number(r->frames_per_s, 4);
+        print_csv_number(r->floor_ms, 6);
+        print_csv_number(r->graph_nodes, 0);
+        printf("%zu\n", r->arena_bytes);
+    }
+}
+
+static void add_world_json(cJSON *o, const bench_row *r) {
+    if (r->kept > 0) cJSON_AddNumberToObject(o, "kept", r->kept);
+    if (r->frames > 0) cJSON_AddNumberToObject(o, "frames", r->frames);
+    if (r->frames_per_s > 0) cJSON_AddNumberToObject(o, "frames_per_s", r->frames_per_s);
+    if (r->graph_nodes > 0) cJSON_AddNumberToObject(o, "graph_nodes", r->graph_nodes);
+    report_add_uint(o, "arena_bytes", r->arena_bytes);
+}
+
 static cJSON *row_json(const bench_row *r) {
     cJSON *o = cJSON_CreateObject();
     cJSON_AddStringToObject(o, "model", r->model);
@@ -94,9 +146,10 @@ static cJSON *row_json(const bench_row *r) {
     cJSON_AddNumberToObject(o, "mean_ms", r->mean_ms);
     cJSON_AddNumberToObject(o, "sd_ms", r->sd_ms);
     cJSON_AddNumberToObject(o, "min_ms", r->min_ms);
-    cJSON_AddNumberToObject(o, "tflops", r->tflops);
+    if (!r->world || r->tflops > 0) cJSON_AddNumberToObject(o, "tflops", r->tflops);
     if (r->images_per_s > 0) cJSON_AddNumberToObject(o, "images_per_s", r->images_per_s);
     if (r->floor_ms > 0) cJSON_AddNumberToObject(o, "floor_ms", r->floor_ms);
+    if (r->world) add_world_json(o, r);
     return o;
 }
 
@@ -119,9 +172,22 @@ static rf_status print_json(const bench_row *rows, int num_rows, rf_error *err) 
 }
 
 rf_status bench_print(const bench_row *rows, int num_rows, bench_format format, rf_error *err) {
+    bool world = num_rows > 0 && rows[0].world;
     switch (format) {
-    case BENCH_MD: print_md(rows, num_rows); return RF_OK;
-    case BENCH_CSV: print_csv(rows, num_rows); return RF_OK;
+    case BENCH_MD:
+        if (world) {
+            print_world_md(rows, num_rows);
+        } else {
+            print_md(rows, num_rows);
+        }
+        return RF_OK;
+    case BENCH_CSV:
+        if (world) {
+            print_world_csv(rows, num_rows);
+        } else {
+            print_csv(rows, num_rows);
+        }
+        return RF_OK;
     case BENCH_JSON: return print_json(rows, num_rows, err);
     case BENCH_JSONL: return print_jsonl(rows, num_rows, err);
     }

@@ -4,6 +4,8 @@
 
 #include "core/status.h"
 
+#define BENCH_LABEL 256
+
 typedef struct {
     const char *model, *device, *dtype, *what, *size;
     int64_t num_params;
@@ -14,6 +16,15 @@ typedef struct {
     double tflops;       /* of the transformer's matrix work at the median */
     double images_per_s; /* 0: not an image benchmark */
     double floor_ms;     /* 0: not measured */
+
+    /* Rows of a world: another table. 0 where it has no meaning. */
+    bool world;
+    char label[BENCH_LABEL], size_text[32]; /* for what and size */
+    int kept;                               /* frames in front of the newest */
+    int frames;                             /* new ones in a timed run */
+    double frames_per_s;
+    size_t arena_bytes; /* device memory of the session */
+    int graph_nodes;    /* of a captured step */
 } bench_row;
 
 /* Fills num_runs, median, mean, sd and min from times (sorted in place). */

@@ -1,8 +1,9 @@
-/* samples/refrain/cmd_bench.c - `refrain bench`: time of one forward of the transformer, or of whole images.
+/* samples/refrain/cmd_bench.c - `refrain bench`: time of one forward of the transformer, of whole images, or of a world's frames.
  *
  * dit-forward  One forward of `batch` rows (both branches of guidance counted), replayed from a CUDA graph where there are
  *              graphs. Replays are queued back to back between time marks on the stream, so what is timed is the device.
  * image        Denoising and decoding of `batch` pictures, as `refrain image` runs them, by the clock.
+ * world        The parts of a new frame of `batch` rollouts, and whole rollouts: bench_world.c.
  * Warm-up runs come first and are not counted. TFLOP/s counts the transformer's matrix products and attention, two operations
  * a multiply-add; modulation is computed once a run and not counted in a forward.
  * The floor (--floors) is the larger of: the weights read once at the measured speed of a device copy, and the operations at
@@ -16,58 +17,40 @@
 #include "core/memory.h"
 #include "dit/pipeline.h"
 #include "samples/refrain/args.h"
+#include "samples/refrain/bench_run.h"
 #include "samples/refrain/bench_table.h"
+#include "samples/refrain/flops.h"
 #include "samples/refrain/program.h"
 
 #define DEFAULT_RUNS  15
 #define MAX_RUNS      10000
-#define MAX_BATCHES   32
+#define DEFAULT_STEPS 20
 #define WARMUP_DEVICE 20
 #define WARMUP_HOST   1
 #define NUM_MARKS     16 /* of a stream */
 #define COPY_BYTES    ((size_t)1 << 30)
 #define HOST_COPY     ((size_t)64 << 20)
 
-typedef struct {
-    const char *model, *synthetic, *what, *batches, *format, *device, *dtype, *residual, *tuning;
-    int64_t num_runs, num_steps, width, height, threads;
-    double cfg_scale;
-    bool tune, floors, quiet;
-    int verbosity;
-} bench_args;
-
-typedef struct {
-    bench_args args;
-    int batches[MAX_BATCHES];
-    int num_batches;
-    char *model_path;
-    char *tuning_path; /* NULL = none */
-    rf_log log;
-    rf_backend *backend;
-    rf_dtype dtype;
-    rf_image_model *model;
-    double copy_bytes_per_ms, flops_per_ms; /* measured; 0 = not asked for */
-    double *times;                          /* [num_runs] */
-} bench;
-
 static args_result read_args(bench_args *a, int argc, char **argv) {
     *a = (bench_args){.what = "dit-forward",
-                      .batches = "2",
                       .format = "md",
                       .device = "auto",
                       .dtype = "auto",
                       .residual = "auto",
                       .num_runs = DEFAULT_RUNS,
-                      .num_steps = 20,
                       .cfg_scale = 4};
     const arg_option options[] = {
         arg_string("model", 'm', "DIR", "folder, or name of a shipped model (default: objects)", &a->model),
-        arg_string("synthetic-weights", 0, "CONFIG", "random weights: dit-xl-2-256, ..., a config.json", &a->synthetic),
-        arg_choice("what", 0, "dit-forward, image (default: dit-forward)", &a->what, "dit-forward image"),
+        arg_string("synthetic-weights", 0, "CONFIG", "random weights: dit-xl-2-256, oasis-500m, a config.json, ...",
+                   &a->synthetic),
+        arg_choice("what", 0, "dit-forward, image, world (default: dit-forward)", &a->what, "dit-forward image world"),
         arg_string("batch-size", 'b', "N[,N...]",
-                   "dit-forward: rows with both branches counted; image: pictures (default: 2)", &a->batches),
+                   "rows with both branches counted; pictures; rollouts (default: 2; of a world 1)", &a->batches),
         arg_int("repetitions", 'r', "N", "timed runs after warm-up (default: 15)", &a->num_runs, 1, MAX_RUNS),
-        arg_int("steps", 0, "N", "image: denoising steps (default: 20)", &a->num_steps, 1, 10000),
+        arg_int("steps", 0, "N", "denoising steps (default: images 20, a world's own)", &a->num_steps, 1, 10000),
+        arg_int("frames", 0, "N", "world: with the first (default: its window)", &a->num_frames, 2, 100000),
+        arg_strings("policy", 0, "SPEC", "world: also rollouts with it, as in refrain sweep", &a->policies),
+        arg_flag("no-context-cache", 0, "world: also rollouts that keep no frames", &a->no_context_cache),
         arg_double("cfg-scale", 0, "X", "image: guidance; 1 = one branch (default: 4)", &a->cfg_scale, 0, 1000),
         arg_int("width", 'W', "PIXELS", "default: the model's", &a->width, 8, 16384),
         arg_int("height", 'H', "PIXELS", "default: the model's", &a->height, 8, 16384),
@@ -85,7 +68,7 @@ static args_result read_args(bench_args *a, int argc, char **argv) {
     };
     const arg_spec spec = {.command = "refrain bench",
                            .usage = "[options]",
-                           .about = "Times a forward of the transformer, or whole images, and prints a table.",
+                           .about = "Times a forward of the transformer, whole images, or frames of a world.",
                            .options = options,
                            .num_options = sizeof options / sizeof options[0]};
     args_result result = args_parse(&spec, argc, argv, NULL, NULL);
@@ -93,12 +76,23 @@ static args_result read_args(bench_args *a, int argc, char **argv) {
         say_error("--model and --synthetic-weights exclude each other");
         return ARGS_USAGE_ERROR;
     }
+    if (result == ARGS_OK && strcmp(a->what, "world") != 0 &&
+        (a->num_frames || a->policies.count || a->no_context_cache)) {
+        say_error("--%s: of --what world", a->num_frames       ? "frames"
+                                           : a->policies.count ? "policy"
+                                                               : "no-context-cache");
+        return ARGS_USAGE_ERROR;
+    }
     return result;
+}
+
+static bool is_world(const bench *b) {
+    return strcmp(b->args.what, "world") == 0;
 }
 
 /* "2,16,64" */
 static rf_status read_batches(bench *b, rf_error *err) {
-    const char *text = b->args.batches;
+    const char *text = b->args.batches ? b->args.batches : is_world(b) ? "1" : "2";
     for (;;) {
         char *end = NULL;
         long v = strtol(text, &end, 10);
@@ -114,45 +108,42 @@ static rf_status read_batches(bench *b, rf_error *err) {
     }
 }
 
+static rf_status open_model(bench *b, rf_error *err) {
+    const bench_args *a = &b->args;
+    if (is_world(b)) {
+        opened_world opened;
+        rf_status st =
+            open_world_model(&opened, a->model, a->synthetic, a->device, (int)a->threads, a->dtype, &b->log, err);
+        b->model_path = opened.path;
+        b->model_name = opened.name;
+        b->backend = opened.backend;
+        b->dtype = opened.dtype;
+        b->world = opened.model;
+        return st;
+    }
+    opened_model opened;
+    rf_status st =
+        open_image_model(&opened, a->model, a->synthetic, a->device, (int)a->threads, a->dtype, &b->log, err);
+    b->model_path = opened.path;
+    b->model_name = a->synthetic ? a->synthetic : opened.name;
+    b->backend = opened.backend;
+    b->dtype = opened.dtype;
+    b->model = opened.model;
+    return st;
+}
+
 static rf_status open_bench(bench *b, rf_error *err) {
     const bench_args *a = &b->args;
-    rf_status st = read_batches(b, err);
-    if (st == RF_OK && !a->synthetic) st = find_model(&b->model_path, a->model, err);
-    if (st == RF_OK) st = rf_backend_open(&b->backend, a->device, (int)a->threads, err);
-    if (st != RF_OK) return st;
-    rf_backend_set_log(b->backend, &b->log);
-    st = dtype_for(&b->dtype, a->dtype, b->backend, err);
-    if (st == RF_OK && a->tune && rf_backend_get_kind(b->backend) != RF_BACKEND_CUDA) {
+    RF_TRY(read_batches(b, err));
+    RF_TRY(open_model(b, err));
+    if (a->tune && rf_backend_get_kind(b->backend) != RF_BACKEND_CUDA) {
         return rf_fail(err, RF_ERR_ARGUMENT, "--tune chooses CUDA GEMM algorithms; the device is %s",
                        rf_backend_name(b->backend));
     }
-    if (st == RF_OK && a->synthetic)
-        st = rf_image_model_synthetic(&b->model, b->backend, a->synthetic, b->dtype, 0, err);
-    if (st == RF_OK && !a->synthetic) st = rf_image_model_load(&b->model, b->backend, b->model_path, b->dtype, err);
-    if (st != RF_OK) return st;
     b->tuning_path = a->tuning ? rf_strdup(a->tuning) : tuning_cache_path(a->tune);
     b->times = rf_alloc_zero((size_t)a->num_runs, sizeof *b->times);
     if (!b->times) return rf_fail(err, RF_ERR_MEMORY, "no memory for %jd times", (intmax_t)a->num_runs);
     return RF_OK;
-}
-
-/* Multiply-adds of one forward of one row (a sample of `tokens` tokens), times two. */
-static double flops_per_row(const rf_dit_desc *d, double tokens) {
-    double width = (double)d->width;
-    double flops = 2 * tokens * width * (double)(d->in_channels + d->out_channels) * d->pt * d->ph * d->pw;
-    for (int g = 0; g < d->num_groups; g++) {
-        const rf_block_group *group = &d->groups[g];
-        for (int p = 0; p < group->num_parts; p++) {
-            const rf_part_desc *part = &group->parts[p];
-            double part_flops = 0;
-            if (part->kind != RF_PART_MLP) part_flops += 8 * tokens * width * width + 4 * tokens * tokens * width;
-            if (part->kind == RF_PART_MLP || part->kind == RF_PART_PARALLEL) {
-                part_flops += 4 * tokens * width * (double)part->ffn_dim;
-            }
-            flops += group->count * part_flops;
-        }
-    }
-    return flops;
 }
 
 /* Latent size of the benchmark and the tokens of one row. */
@@ -268,7 +259,7 @@ static rf_status bench_forward(bench *b, bench_row *row, rf_error *err) {
     if (st == RF_OK) st = time_launches(f.stream, launch_forward, &f, b->times, (int)b->args.num_runs, err);
     if (st == RF_OK) {
         const rf_dit_model *dit = rf_image_model_get_info(b->model).transformer;
-        double flops = flops_per_row(&dit->desc, tokens) * row->batch;
+        double flops = forward_flops(&dit->desc, tokens, 1) * row->batch;
         bench_row_set_times(row, b->times, (int)b->args.num_runs);
         row->num_params = rf_params_num_elems(dit->params);
         row->tflops = flops / row->median_ms / 1e9;
@@ -298,7 +289,7 @@ static rf_status bench_image(bench *b, bench_row *row, rf_error *err) {
     rf_image_model_info info = rf_image_model_get_info(b->model);
     rf_image_options o = rf_image_options_default();
     o.batch = row->batch;
-    o.num_steps = (int)b->args.num_steps;
+    o.num_steps = b->args.num_steps ? (int)b->args.num_steps : DEFAULT_STEPS;
     o.cfg_scale = b->args.cfg_scale;
     o.tune_gemm = b->args.tune;
     o.gemm_tuning = b->tuning_path;
@@ -332,7 +323,7 @@ static rf_status bench_image(bench *b, bench_row *row, rf_error *err) {
     }
     if (st == RF_OK) {
         int branches = b->args.cfg_scale == 1 ? 1 : 2;
-        double flops = flops_per_row(&info.transformer->desc, tokens) * row->batch * branches * o.num_steps;
+        double flops = forward_flops(&info.transformer->desc, tokens, 1) * row->batch * branches * o.num_steps;
         bench_row_set_times(row, b->times, (int)b->args.num_runs);
         row->num_params = info.num_params;
         row->num_steps = o.num_steps;
@@ -412,6 +403,24 @@ static rf_status measure_floors(bench *b, rf_error *err) {
     return st;
 }
 
+static rf_status print_rows(const bench *b, const bench_row *rows, int num, rf_error *err) {
+    bench_format format = BENCH_MD;
+    if (strcmp(b->args.format, "csv") == 0) format = BENCH_CSV;
+    if (strcmp(b->args.format, "json") == 0) format = BENCH_JSON;
+    if (strcmp(b->args.format, "jsonl") == 0) format = BENCH_JSONL;
+    return bench_print(rows, num, format, err);
+}
+
+static rf_status run_world(bench *b, rf_error *err) {
+    bench_row *rows = NULL;
+    int num = 0;
+    if (b->args.floors) RF_TRY(measure_floors(b, err));
+    rf_status st = bench_worlds(b, &rows, &num, err);
+    if (st == RF_OK) st = print_rows(b, rows, num, err);
+    rf_free(rows);
+    return st;
+}
+
 static rf_status run_rows(bench *b, rf_error *err) {
     bench_row rows[MAX_BATCHES] = {0};
     rf_image_model_info info = rf_image_model_get_info(b->model);
@@ -422,8 +431,7 @@ static rf_status run_rows(bench *b, rf_error *err) {
     bool image = strcmp(b->args.what, "image") == 0;
     rf_status st = b->args.floors ? measure_floors(b, err) : RF_OK;
     for (int i = 0; i < b->num_batches && st == RF_OK; i++) {
-        const char *slash = b->model_path ? strrchr(b->model_path, '/') : NULL;
-        rows[i].model = b->args.synthetic ? b->args.synthetic : slash && slash[1] ? slash + 1 : b->model_path;
+        rows[i].model = b->model_name;
         rows[i].device = rf_backend_description(b->backend);
         rows[i].dtype = rf_dtype_name(b->dtype);
         rows[i].what = b->args.what;
@@ -431,25 +439,21 @@ static rf_status run_rows(bench *b, rf_error *err) {
         rows[i].batch = b->batches[i];
         st = image ? bench_image(b, &rows[i], err) : bench_forward(b, &rows[i], err);
     }
-    if (st != RF_OK) return st;
-    bench_format format = BENCH_MD;
-    if (strcmp(b->args.format, "csv") == 0) format = BENCH_CSV;
-    if (strcmp(b->args.format, "json") == 0) format = BENCH_JSON;
-    if (strcmp(b->args.format, "jsonl") == 0) format = BENCH_JSONL;
-    return bench_print(rows, b->num_batches, format, err);
+    return st == RF_OK ? print_rows(b, rows, b->num_batches, err) : st;
 }
 
 int cmd_bench(int argc, char **argv) {
-    bench b = {0};
+    static bench b;
     rf_error err = {0};
     args_result parsed = read_args(&b.args, argc, argv);
     if (parsed != ARGS_OK) return parsed == ARGS_HELP ? EXIT_OK : EXIT_USAGE;
     b.log = program_log(b.args.quiet ? -1 : b.args.verbosity);
     cancel_install();
     rf_status st = open_bench(&b, &err);
-    if (st == RF_OK) st = run_rows(&b, &err);
+    if (st == RF_OK) st = is_world(&b) ? run_world(&b, &err) : run_rows(&b, &err);
     int status = st == RF_OK ? EXIT_OK : fail_with(&err);
     rf_image_model_close(b.model);
+    rf_world_model_close(b.world);
     rf_backend_close(b.backend);
     rf_free(b.model_path);
     rf_free(b.tuning_path);

@@ -9,6 +9,10 @@
  *               the rest counts, times |d final latent / d output of step s|^2 through the solver's own weights. A
  *               measured stand-in for the trained table of DiffSparse (arXiv 2604.03674), which needs gradients through the sampler.
  *
+ *   presets     no measurement of its own: calibrate_presets.c chooses from a sweep
+ *
+ * Of a world magcache and teacache are measured on all new frames of some walks together. diffsparse is not: no session of a world shows its
+ * hidden states.
  * The result goes into the model's cache.json (or -o FILE), beside what is there already. */
 #include <cjson/cJSON.h>
 #include <math.h>
@@ -21,47 +25,62 @@
 #include "core/memory.h"
 #include "dit/pipeline.h"
 #include "samples/refrain/args.h"
+#include "samples/refrain/calibrate.h"
 #include "samples/refrain/program.h"
+#include "samples/refrain/world_walks.h"
 
-#define DEGREE 4
-#define LEVELS 5
+#define DEGREE         4
+#define LEVELS         5
+#define DEFAULT_STEPS  50
+#define DEFAULT_CFG    4.0
+#define DEFAULT_FRAMES 12
+#define FIRST_WORLD    1011 /* seeds of the simulator: not those that a sweep walks through */
 
 typedef struct {
-    const char *what, *model, *output, *device, *sampler;
-    int64_t num_images, num_steps, seed, threads;
-    double cfg_scale;
+    const char *what, *model, *output, *device, *sampler, *from;
+    int64_t num_images, num_steps, seed, threads, num_frames; /* num_steps, num_frames: 0 = not given */
+    double cfg_scale;                                         /* NaN likewise */
     bool quiet;
 } calibrate_args;
 
 static args_result read_args(calibrate_args *a, int argc, char **argv) {
-    *a = (calibrate_args){.device = "cpu", .num_images = 4, .num_steps = 50, .seed = 1000, .cfg_scale = 4};
+    *a = (calibrate_args){.device = "cpu", .num_images = 4, .seed = 1000, .cfg_scale = NAN};
     int num = 0;
     const arg_option options[] = {
-        arg_string("model", 'm', "DIR", "folder, or name of a shipped model (default: objects)", &a->model),
-        arg_int("num", 'n', "N", "pictures to measure on (default: 4)", &a->num_images, 1, 64),
-        arg_int("steps", 0, "N", "denoising steps (default: 50)", &a->num_steps, 2, 10000),
+        arg_string("model", 'm', "DIR", "of images or a world; a shipped one's name (objects)", &a->model),
+        arg_int("num", 'n', "N", "pictures, or walks of a world (default: 4)", &a->num_images, 1, 64),
+        arg_int("frames", 0, "N", "of a walk, with the first (default: 12)", &a->num_frames, 2, 1000),
+        arg_int("steps", 0, "N", "denoising steps (default: 50; a world's own)", &a->num_steps, 2, 10000),
         arg_double("cfg-scale", 0, "X", "guidance; 1 = off (default: 4)", &a->cfg_scale, 0, 1000),
         arg_choice("sampling-method", 0, "ddim, dpm++2m, euler, flow-euler (default: the model's)", &a->sampler,
                    "ddim dpm++2m euler flow-euler"),
-        arg_int("seed", 's', "N", "picture i uses N+i (default: 1000)", &a->seed, 0, 9e18),
+        arg_int("seed", 's', "N", "picture or walk i uses N+i (default: 1000)", &a->seed, 0, 9e18),
         arg_string("device", 0, "NAME", "cpu, cuda, cuda:N (default: cpu)", &a->device),
         arg_int("threads", 't', "N", "CPU threads (default: all)", &a->threads, 1, 1024),
+        arg_string("from", 0, "DIR", "presets: the --report folder of a sweep", &a->from),
         arg_string("output", 'o', "FILE", "JSON file (default: cache.json of the model)", &a->output),
         arg_flag("quiet", 'q', "say nothing but errors", &a->quiet),
     };
     const arg_spec spec = {.command = "refrain calibrate",
-                           .usage = "magcache|teacache|diffsparse [options]",
-                           .about =
-                               "Measures on a model the table that a policy needs, and writes it beside the model.",
+                           .usage = "magcache|teacache|diffsparse|presets [options]",
+                           .about = "Measures on a model the table that a policy needs, or chooses presets from a "
+                                    "sweep, and writes them beside the model.",
                            .options = options,
                            .num_options = sizeof options / sizeof options[0],
                            .min_positional = 1,
                            .max_positional = 1,
                            .positional_name = "POLICY"};
     args_result result = args_parse(&spec, argc, argv, &a->what, &num);
-    if (result == ARGS_OK && strcmp(a->what, "magcache") != 0 && strcmp(a->what, "teacache") != 0 &&
-        strcmp(a->what, "diffsparse") != 0) {
-        say_error("calibrate: expected magcache, teacache or diffsparse, found '%s'", a->what);
+    if (result != ARGS_OK) return result;
+    bool presets = strcmp(a->what, "presets") == 0;
+    if (strcmp(a->what, "magcache") != 0 && strcmp(a->what, "teacache") != 0 && strcmp(a->what, "diffsparse") != 0 &&
+        !presets) {
+        say_error("calibrate: expected magcache, teacache, diffsparse or presets, found '%s'", a->what);
+        return ARGS_USAGE_ERROR;
+    }
+    if (presets == !a->from) {
+        say_error(presets ? "calibrate presets: expected --from DIR, the --report folder of a sweep"
+                          : "--from: only presets are chosen from a sweep");
         return ARGS_USAGE_ERROR;
     }
     return result;
@@ -213,24 +232,86 @@ static rf_status teacache_table(cJSON **out, const traces *t, rf_error *err) {
     return RF_OK;
 }
 
+static rf_status make_traces(traces *t, int num_steps, int branches, size_t num_runs, rf_error *err) {
+    size_t steps = (size_t)num_steps, pairs = (size_t)branches * steps * num_runs;
+    *t = (traces){.num_steps = num_steps, .branches = branches, .max_pairs = (int)pairs};
+    t->ratios = rf_alloc_zero(2 * steps, sizeof *t->ratios);
+    t->ratio_counts = rf_alloc_zero(2 * steps, sizeof *t->ratio_counts);
+    t->x = rf_alloc_zero(pairs, sizeof *t->x);
+    t->y = rf_alloc_zero(pairs, sizeof *t->y);
+    return t->ratios && t->ratio_counts && t->x && t->y ? RF_OK : rf_fail(err, RF_ERR_MEMORY, "no memory for a table");
+}
+
+static void free_traces(traces *t) {
+    rf_free(t->ratios);
+    rf_free(t->ratio_counts);
+    rf_free(t->x);
+    rf_free(t->y);
+}
+
+static rf_status table_of(const char *what, traces *t, cJSON **table, rf_error *err) {
+    if (strcmp(what, "teacache") == 0) return teacache_table(table, t, err);
+    *table = magcache_table(t);
+    return RF_OK;
+}
+
 static rf_status fit_from_trace(const calibrate_args *a, rf_image_session *session, int branches, cJSON **table,
                                 rf_error *err) {
+    traces t;
     rf_image_session_info info = rf_image_session_get_info(session);
-    size_t steps = (size_t)info.num_steps, pairs = 2 * steps * (size_t)a->num_images;
-    traces t = {.num_steps = info.num_steps, .branches = branches, .max_pairs = (int)pairs};
-    t.ratios = rf_alloc_zero(2 * steps, sizeof *t.ratios);
-    t.ratio_counts = rf_alloc_zero(2 * steps, sizeof *t.ratio_counts);
-    t.x = rf_alloc_zero(pairs, sizeof *t.x);
-    t.y = rf_alloc_zero(pairs, sizeof *t.y);
-    rf_status st = RF_OK;
-    if (!t.ratios || !t.ratio_counts || !t.x || !t.y) st = rf_fail(err, RF_ERR_MEMORY, "no memory for a table");
+    rf_status st = make_traces(&t, info.num_steps, branches, (size_t)a->num_images, err);
     if (st == RF_OK) st = rf_image_session_write_trace(session, 0, take_line, &t, err);
-    if (st == RF_OK && strcmp(a->what, "magcache") == 0) *table = magcache_table(&t);
-    if (st == RF_OK && strcmp(a->what, "teacache") == 0) st = teacache_table(table, &t, err);
-    rf_free(t.ratios);
-    rf_free(t.ratio_counts);
-    rf_free(t.x);
-    rf_free(t.y);
+    if (st == RF_OK) st = table_of(a->what, &t, table, err);
+    free_traces(&t);
+    return st;
+}
+
+/* --- worlds ---------------------------------------------------------------------------------------------------------- */
+
+/* Every frame is a run of its own. */
+static rf_status walk_through(const world_walks *walks, rf_world_session *session, traces *t, rf_error *err) {
+    float *latent = rf_alloc(world_walks_latent_elems(walks) * sizeof *latent);
+    if (!latent) return rf_fail(err, RF_ERR_MEMORY, "no memory for a frame");
+    rf_status st = RF_OK;
+    for (int walk = 0; walk < walks->num && st == RF_OK; walk++) {
+        st = world_walks_start(walks, session, walk, err);
+        for (int frame = 0; frame < walks->num_new && st == RF_OK; frame++) {
+            st = rf_world_session_step(session, world_walks_actions(walks, walk, frame), NULL, err);
+            if (st == RF_OK) st = rf_world_session_read_latent(session, latent, err);
+            if (st == RF_OK) st = rf_world_session_write_trace(session, walk, take_line, t, err);
+            if (st == RF_OK && cancel_requested())
+                st = rf_fail(err, RF_ERR_CANCELLED, "interrupted after %d walks; nothing is written", walk);
+        }
+    }
+    rf_free(latent);
+    return st;
+}
+
+static rf_status fit_world(const calibrate_args *a, const rf_world_model *model, const char *name,
+                           const rf_policy *policy, cJSON **table, int *num_steps, rf_error *err) {
+    world_walks walks = {0};
+    rf_world_session *session = NULL;
+    traces t = {0};
+    rf_world_model_info info = rf_world_model_get_info(model);
+    rf_world_options o = rf_world_options_default();
+    o.num_steps = *num_steps = a->num_steps ? (int)a->num_steps : info.num_steps;
+    o.policy = policy;
+    o.record_trace = true;
+    const world_walks_options w = {.model_name = name,
+                                   .seed = (uint64_t)a->seed,
+                                   .first_world = FIRST_WORLD,
+                                   .num = (int)a->num_images,
+                                   .num_new = (a->num_frames ? (int)a->num_frames : DEFAULT_FRAMES) - 1,
+                                   .window = info.max_frames,
+                                   .quiet = a->quiet};
+    rf_status st = world_walks_make(&walks, model, &w, err);
+    if (st == RF_OK) st = make_traces(&t, o.num_steps, 1, (size_t)(w.num * w.num_new), err);
+    if (st == RF_OK) st = rf_world_session_create(&session, model, &o, err);
+    if (st == RF_OK) st = walk_through(&walks, session, &t, err);
+    if (st == RF_OK) st = table_of(a->what, &t, table, err);
+    free_traces(&t);
+    rf_world_session_destroy(session);
+    world_walks_free(&walks);
     return st;
 }
 
@@ -341,8 +422,7 @@ static rf_status sparse_table(rf_image_session *session, const rf_image_model *m
 
 /* --- the command ------------------------------------------------------------------------------------------------------ */
 
-/* Puts the table under its name into the file, beside what is there. */
-static rf_status write_table(const char *path, const char *name, cJSON *table, rf_error *err) {
+rf_status calibrate_write(const char *path, const char *name, const cJSON *table, rf_error *err) {
     cJSON *root = NULL;
     rf_status st = RF_OK;
     if (rf_path_exists(path)) {
@@ -366,7 +446,7 @@ static rf_status write_table(const char *path, const char *name, cJSON *table, r
     return st;
 }
 
-static rf_status calibrate(const calibrate_args *a, rf_error *err) {
+static rf_status calibrate_images(const calibrate_args *a, rf_error *err) {
     char *output = NULL;
     rf_log log = program_log(a->quiet ? -1 : 0);
     rf_policy *policy = NULL;
@@ -375,7 +455,7 @@ static rf_status calibrate(const calibrate_args *a, rf_error *err) {
     bool sparse = strcmp(a->what, "diffsparse") == 0;
     int batch = (int)a->num_images, classes[64];
     uint64_t seeds[64];
-    double begin = now_ms();
+    double begin = now_ms(), cfg_scale = isnan(a->cfg_scale) ? DEFAULT_CFG : a->cfg_scale;
     rf_image_options o = rf_image_options_default();
     opened_model opened;
     rf_status st = open_image_model(&opened, a->model, NULL, a->device, (int)a->threads, "auto", &log, err);
@@ -391,8 +471,8 @@ static rf_status calibrate(const calibrate_args *a, rf_error *err) {
             seeds[i] = (uint64_t)a->seed + (uint64_t)i;
         }
         o.batch = batch;
-        o.num_steps = (int)a->num_steps;
-        o.cfg_scale = a->cfg_scale;
+        o.num_steps = a->num_steps ? (int)a->num_steps : DEFAULT_STEPS;
+        o.cfg_scale = cfg_scale;
         if (a->sampler && !rf_sampler_kind_from_name(a->sampler, &o.sampler))
             st = rf_fail(err, RF_ERR_ARGUMENT, "sampler %s is unknown", a->sampler);
         output = a->output ? rf_strdup(a->output) : rf_path_join(model_path, "cache.json");
@@ -402,7 +482,7 @@ static rf_status calibrate(const calibrate_args *a, rf_error *err) {
     o.policy = policy;
     o.record_trace = !sparse;
     if (st == RF_OK) st = rf_image_session_create(&session, model, &o, err);
-    int branches = a->cfg_scale == 1.0 ? 1 : 2;
+    int branches = cfg_scale == 1.0 ? 1 : 2;
     if (st == RF_OK && sparse) {
         st = sparse_table(session, model, classes, seeds, branches, batch, &table, err);
     } else if (st == RF_OK) {
@@ -412,9 +492,9 @@ static rf_status calibrate(const calibrate_args *a, rf_error *err) {
     if (st == RF_OK) {
         char command[160];
         snprintf(command, sizeof command, "refrain calibrate %s -n %d --steps %d --cfg-scale %g -s %lld --device %s",
-                 a->what, batch, o.num_steps, a->cfg_scale, (long long)a->seed, a->device);
+                 a->what, batch, o.num_steps, cfg_scale, (long long)a->seed, a->device);
         cJSON_AddStringToObject(table, "command", command);
-        st = write_table(output, a->what, table, err);
+        st = calibrate_write(output, a->what, table, err);
     }
     if (st == RF_OK && !a->quiet)
         say("%s measured on %d pictures of %d steps in %.1f s: %s", a->what, batch, o.num_steps,
@@ -426,6 +506,82 @@ static rf_status calibrate(const calibrate_args *a, rf_error *err) {
     rf_backend_close(backend);
     rf_free(model_path);
     rf_free(output);
+    return st;
+}
+
+static rf_status calibrate_world(const calibrate_args *a, rf_error *err) {
+    opened_world opened = {0};
+    rf_log log = program_log(a->quiet ? -1 : 0);
+    rf_policy *policy = NULL;
+    cJSON *table = NULL;
+    char *output = NULL;
+    int num_steps = 0;
+    double begin = now_ms();
+    if (strcmp(a->what, "diffsparse") == 0)
+        return rf_fail(err, RF_ERR_UNSUPPORTED,
+                       "calibrate diffsparse: not for worlds; use diffsparse with table=uniform");
+    rf_status st = open_world_model(&opened, a->model, NULL, a->device, (int)a->threads, "auto", &log, err);
+    if (st == RF_OK) st = rf_policy_create(&policy, "measure", err);
+    if (st == RF_OK) {
+        output = a->output ? rf_strdup(a->output) : rf_path_join(opened.path, "cache.json");
+        if (!output) st = rf_fail(err, RF_ERR_MEMORY, "no memory for a name");
+    }
+    if (st == RF_OK) st = fit_world(a, opened.model, opened.name, policy, &table, &num_steps, err);
+    if (st == RF_OK) {
+        char command[160];
+        int frames = a->num_frames ? (int)a->num_frames : DEFAULT_FRAMES;
+        snprintf(command, sizeof command, "refrain calibrate %s -n %d --frames %d --steps %d -s %lld --device %s",
+                 a->what, (int)a->num_images, frames, num_steps, (long long)a->seed, a->device);
+        cJSON_AddStringToObject(table, "command", command);
+        st = calibrate_write(output, a->what, table, err);
+        if (st == RF_OK && !a->quiet)
+            say("%s measured on %d walks of %d frames, %d steps each, in %.1f s: %s", a->what, (int)a->num_images,
+                frames, num_steps, (now_ms() - begin) * 1e-3, output);
+    }
+    cJSON_Delete(table);
+    rf_policy_destroy(policy);
+    rf_world_model_close(opened.model);
+    rf_backend_close(opened.backend);
+    rf_free(opened.path);
+    rf_free(output);
+    return st;
+}
+
+static rf_status choose_presets(const calibrate_args *a, const char *folder, rf_error *err) {
+    cJSON *table = NULL;
+    int num = 0;
+    char *output = a->output ? rf_strdup(a->output) : rf_path_join(folder, "cache.json");
+    rf_status st = output ? RF_OK : rf_fail(err, RF_ERR_MEMORY, "no memory for a name");
+    if (st == RF_OK) st = calibrate_presets(&table, a->from, a->quiet, &num, err);
+    if (st == RF_OK) st = calibrate_write(output, "presets", table, err);
+    if (st == RF_OK && !a->quiet) say("%d presets of %s: %s", num, a->from, output);
+    cJSON_Delete(table);
+    rf_free(output);
+    return st;
+}
+
+/* An option that would do nothing is refused. */
+static rf_status check_kind(const calibrate_args *a, bool world, rf_error *err) {
+    const char *wrong = world && !isnan(a->cfg_scale) ? "cfg-scale"
+                        : world && a->sampler         ? "sampling-method"
+                        : !world && a->num_frames     ? "frames"
+                                                      : NULL;
+    if (!wrong) return RF_OK;
+    return rf_fail(err, RF_ERR_ARGUMENT, "--%s: of a model of %s; this is %s", wrong, world ? "images" : "worlds",
+                   world ? "a world" : "one of images");
+}
+
+static rf_status calibrate(const calibrate_args *a, rf_error *err) {
+    char *folder = NULL;
+    RF_TRY(find_model(&folder, a->model, err));
+    bool world = rf_world_is_world(folder);
+    rf_status st = check_kind(a, world, err);
+    if (st == RF_OK && a->from) {
+        st = choose_presets(a, folder, err);
+    } else if (st == RF_OK) {
+        st = world ? calibrate_world(a, err) : calibrate_images(a, err);
+    }
+    rf_free(folder);
     return st;
 }
 

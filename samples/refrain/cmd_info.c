@@ -12,19 +12,13 @@
 #include "core/weights.h"
 #include "dit/config.h"
 #include "dit/sampler.h"
+#include "dit/world.h"
 #include "samples/refrain/args.h"
+#include "samples/refrain/info_world.h"
 #include "samples/refrain/program.h"
 #include "samples/refrain/report.h"
 
 #define CLASSES_SHOWN 64
-
-/* A weights file or folder in numbers. */
-typedef struct {
-    size_t num_tensors, bytes;
-    int64_t num_params;         /* floating-point elements */
-    int64_t num_decoder_params; /* those of a VAE's decoder half */
-    const char *dtype;          /* of most tensors */
-} weights_summary;
 
 typedef struct {
     rf_dit_desc dit;
@@ -45,8 +39,7 @@ static bool starts_with(const char *text, const char *prefix) {
     return strncmp(text, prefix, strlen(prefix)) == 0;
 }
 
-/* Tensors of a dtype that cannot be read are counted in bytes only. */
-static weights_summary summarize(const rf_weights *w) {
+weights_summary weights_summarize(const rf_weights *w) {
     weights_summary s = {.num_tensors = rf_weights_count(w), .bytes = rf_weights_total_bytes(w), .dtype = "none"};
     rf_dtype main_dtype = rf_weights_main_dtype(w);
     if (main_dtype != RF_DTYPE_COUNT) s.dtype = rf_dtype_name(main_dtype);
@@ -96,7 +89,7 @@ static rf_status read_transformer(model_summary *m, const char *dir, rf_error *e
     if (st == RF_OK) st = rf_dit_config_read(&m->dit, config, err);
     if (st == RF_OK) st = open_part_weights(&weights, dir, "transformer", err);
     if (st == RF_OK) {
-        m->transformer = summarize(weights);
+        m->transformer = weights_summarize(weights);
         m->layout = layout_of(weights);
     }
     rf_weights_close(weights);
@@ -119,7 +112,7 @@ static rf_status read_vae(model_summary *m, const char *dir, rf_error *err) {
     if (st == RF_OK) st = rf_json_opt_int(config, root, "latent_channels", 1, 4096, 4, &m->vae_latent_channels, err);
     if (st == RF_OK) st = rf_json_opt_double(config, root, "scaling_factor", 1e-9, 1e9, 0.18215, &m->vae_scaling, err);
     if (st == RF_OK) st = open_part_weights(&weights, dir, "vae", err);
-    if (st == RF_OK) m->vae = summarize(weights);
+    if (st == RF_OK) m->vae = weights_summarize(weights);
     rf_weights_close(weights);
     rf_json_close(config);
     return st;
@@ -191,7 +184,7 @@ static void print_model(const model_summary *m, const char *dir) {
     if (d->num_classes > CLASSES_SHOWN) printf("  ...  (--json lists all)\n");
 }
 
-static cJSON *weights_json(const weights_summary *w) {
+cJSON *weights_summary_json(const weights_summary *w) {
     cJSON *o = cJSON_CreateObject();
     cJSON_AddStringToObject(o, "dtype", w->dtype);
     report_add_uint(o, "tensors", w->num_tensors);
@@ -207,7 +200,7 @@ static rf_status print_model_json(const model_summary *m, const char *dir, rf_er
     cJSON_AddStringToObject(root, "model", dir);
     cJSON_AddStringToObject(root, "family", d->family);
     cJSON_AddStringToObject(root, "layout", m->layout);
-    cJSON *transformer = weights_json(&m->transformer);
+    cJSON *transformer = weights_summary_json(&m->transformer);
     cJSON_AddNumberToObject(transformer, "blocks", rf_dit_desc_num_blocks(d));
     cJSON_AddNumberToObject(transformer, "width", (double)d->width);
     cJSON_AddNumberToObject(transformer, "heads", d->num_heads);
@@ -215,7 +208,7 @@ static rf_status print_model_json(const model_summary *m, const char *dir, rf_er
     cJSON_AddNumberToObject(transformer, "patch", d->ph);
     cJSON_AddNumberToObject(transformer, "sample_size", (double)d->sample_size);
     cJSON_AddItemToObject(root, "transformer", transformer);
-    cJSON *vae = weights_json(&m->vae);
+    cJSON *vae = weights_summary_json(&m->vae);
     report_add_uint(vae, "decoder_parameters", (uint64_t)m->vae.num_decoder_params);
     cJSON_AddNumberToObject(vae, "factor", m->vae_factor);
     cJSON_AddNumberToObject(vae, "latent_channels", (double)m->vae_latent_channels);
@@ -247,10 +240,10 @@ static void format_shape(char *out, size_t out_bytes, const rf_tensor *t) {
 }
 
 static rf_status print_weights(const rf_weights *w, const char *path, bool json, rf_error *err) {
-    weights_summary s = summarize(w);
+    weights_summary s = weights_summarize(w);
     cJSON *root = NULL, *list = NULL;
     if (json) {
-        root = weights_json(&s);
+        root = weights_summary_json(&s);
         cJSON_AddStringToObject(root, "command", "info");
         cJSON_AddStringToObject(root, "file", path);
         list = cJSON_AddArrayToObject(root, "list");
@@ -288,22 +281,29 @@ static rf_status print_weights(const rf_weights *w, const char *path, bool json,
 
 int cmd_info(int argc, char **argv) {
     bool json = false;
+    const char *model_option = NULL;
     const arg_option options[] = {
+        arg_string("model", 'm', "DIR", "the same as MODEL (default: none)", &model_option),
         arg_flag("json", 0, "one JSON object (default: plain text)", &json),
     };
     const arg_spec spec = {
         .command = "refrain info",
-        .usage = "MODEL [options]",
-        .about = "Says what a model folder, a shipped model or a safetensors file holds: family, sizes, classes, "
-                 "parameters, memory. For a file it lists the tensors.",
+        .usage = "[MODEL] [options]",
+        .about = "Says what a model folder, a shipped model or a safetensors file holds: family, sizes, classes or "
+                 "actions, parameters, memory. For a file it lists the tensors.",
         .options = options,
         .num_options = sizeof options / sizeof options[0],
-        .min_positional = 1,
         .max_positional = 1,
         .positional_name = "a model folder or a safetensors file"};
     const char *name = NULL;
     args_result parsed = args_parse(&spec, argc, argv, &name, NULL);
     if (parsed != ARGS_OK) return parsed == ARGS_HELP ? EXIT_OK : EXIT_USAGE;
+    if (!name == !model_option) {
+        say_error(name ? "MODEL and --model exclude each other"
+                       : "refrain info: expected a model folder or a safetensors file, found nothing");
+        return EXIT_USAGE;
+    }
+    if (!name) name = model_option;
 
     rf_error err = {0};
     char *path = NULL;
@@ -311,7 +311,9 @@ int cmd_info(int argc, char **argv) {
     rf_weights *weights = NULL;
     rf_status st = find_model(&path, name, &err);
     char *index = st == RF_OK ? rf_path_join(path, "model_index.json") : NULL;
-    if (st == RF_OK && rf_path_is_dir(path) && index && rf_path_exists(index)) {
+    if (st == RF_OK && rf_path_is_dir(path) && rf_world_is_world(path)) {
+        st = info_world(path, json, &err);
+    } else if (st == RF_OK && rf_path_is_dir(path) && index && rf_path_exists(index)) {
         st = read_model(&model, path, &err);
         if (st == RF_OK && json) {
             st = print_model_json(&model, path, &err);

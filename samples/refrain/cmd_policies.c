@@ -60,7 +60,8 @@ static void print_list(void) {
         print_wrapped(def->summary, NAME_WIDTH + LEVEL_WIDTH + PAPER_WIDTH);
     }
     printf("\nrefrain policies NAME shows one with its options; refrain policies -m MODEL the\n"
-           "presets of a model; refrain image --cache-mode NAME --cache-option K=V uses one.\n");
+           "presets of a model; refrain image --cache-mode NAME --cache-option K=V uses one,\n"
+           "refrain world too: all of them fit worlds.\n");
 }
 
 /* ---- one policy ---- */
@@ -90,6 +91,9 @@ static void print_policy(const rf_policy_def *def) {
     print_heading("does", def->summary);
     print_heading("paper", def->paper);
     print_heading("fits", def->fits);
+    print_heading("worlds", def->carries
+                                ? "inside the steps of a frame; --carry starts a frame with the last one's features"
+                                : "inside the steps of a frame");
     printf("\noptions, with their defaults%s\n", def->num_options ? ":" : ": none");
     for (int i = 0; i < def->num_options; i++) {
         const rf_policy_option *o = &def->options[i];

@@ -9,103 +9,67 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
+#include "core/file.h"
 #include "core/image.h"
+#include "core/json.h"
 #include "core/memory.h"
 #include "core/metrics.h"
-#include "dit/pipeline.h"
 #include "samples/refrain/args.h"
 #include "samples/refrain/program.h"
-#include "samples/refrain/sweep_plan.h"
 #include "samples/refrain/sweep_report.h"
-#include "samples/refrain/sweep_store.h"
+#include "samples/refrain/sweep_run.h"
 
-#define DEFAULT_STEPS    50
-#define DEFAULT_SEED     42
-#define DEFAULT_PICTURES 4
-#define MAX_PICTURES     4096
-#define MAX_BATCH        64
-#define CPU_BATCH_BYTES  ((size_t)512 << 20)
-#define GPU_BATCH_BYTES  ((size_t)8 << 30)
-#define SHOWN_PICTURES   4    /* saved as PNG for the report */
-#define BASE_WINDOW      3    /* timings of the uncached loop that a speed-up is against */
-#define BASE_EVERY_MS    2e3  /* at most so often ... */
-#define BASE_EVERY_RUNS  2    /* ... and for at most a third of the time */
-#define SAME_REFERENCE   1e-3 /* relative L2 at which a stored reference still is this program's */
-#define SEARCH_ROUNDS    7
+#define DEFAULT_STEPS   50
+#define DEFAULT_SEED    42
+#define MAX_PICTURES    4096
+#define MAX_WALKS       256
+#define MAX_FRAMES      4096
+#define BASE_EVERY_MS   2e3  /* the uncached loop is timed at most so often ... */
+#define BASE_EVERY_RUNS 2    /* ... and for at most a third of the time */
+#define SAME_REFERENCE  1e-3 /* relative L2 at which a stored reference still is this program's */
+#define SEARCH_ROUNDS   7
+#define EVERY_STEP      12 /* worlds of up to so many steps have every number of fewer steps as control */
 
 static const char sampler_names[] = "ddpm ddim dpm++2m dpm++2m-sde euler flow-euler";
-
-typedef struct {
-    const char *model, *synthetic, *sampler, *device, *dtype, *fewer_steps, *report;
-    arg_list policies, classes;
-    int64_t num_pictures, num_steps, seed, batch, threads, repeats, width, height;
-    double cfg_scale, target_psnr, target_ssim, target_speedup;
-    bool json, quiet, force;
-} sweep_args;
-
-typedef struct {
-    sweep_args args;
-    char *model_path, *tuning_path;
-    const char *model_name;
-    rf_log log;
-    rf_backend *backend;
-    rf_dtype dtype;
-    rf_image_model *model;
-    rf_image_options options; /* of the uncached session */
-    rf_image_session *base;
-    int num_pictures, batch, repeats, num_base_runs;
-    int *class_ids;
-    uint64_t *seeds;
-    char *class_text;
-    bool warms_up; /* a first run that does not count */
-
-    sweep_plan plan;
-    sweep_store *store;
-    sweep_reference reference;
-    float *latents, *pictures; /* of the setting at work */
-    double based_ms;           /* when the uncached loop was timed last */
-    double start_ms;
-    int num_done, num_todo; /* in this process */
-} sweep_run;
 
 /* --- options ------------------------------------------------------------------------------------------------------ */
 
 static args_result read_args(sweep_args *a, int argc, char **argv) {
-    *a = (sweep_args){.device = "auto",
-                      .dtype = "auto",
-                      .num_pictures = DEFAULT_PICTURES,
-                      .num_steps = DEFAULT_STEPS,
-                      .seed = DEFAULT_SEED,
-                      .cfg_scale = 4};
+    *a = (sweep_args){.device = "auto", .dtype = "auto", .seed = DEFAULT_SEED, .cfg_scale = NAN};
     const arg_option options[] = {
-        arg_string("model", 'm', "DIR", "folder, or name of a shipped model (default: objects)", &a->model),
-        arg_strings("policy", 0, "SPEC", "NAME:OPT=A..B/N;OPT2=V,V or all; several add up (default: all)",
-                    &a->policies),
+        arg_string("model", 'm', "DIR", "of images or a world; a shipped one's name (objects)", &a->model),
+        arg_strings("policy", 0, "SPEC", "NAME:OPT=A..B/N;OPT2=V,V or all; may be repeated (all)", &a->policies),
         arg_string("fewer-steps", 0, "LIST", "the control: auto or step counts (default: auto)", &a->fewer_steps),
-        arg_string("report", 0, "DIR", "results and report.html; a second start goes on there", &a->report),
+        arg_string("report", 0, "DIR", "for results, report.html; starts again where it was", &a->report),
         arg_int("num", 'n', "N", "pictures, each of its own seed (default: 4)", &a->num_pictures, 1, MAX_PICTURES),
         arg_strings("class", 0, "NAME|ID", "several take turns (default: spread over all)", &a->classes),
-        arg_int("steps", 0, "N", "denoising steps (default: 50)", &a->num_steps, 2, 10000),
+        arg_int("steps", 0, "N", "denoising steps (default: 50; a world's own)", &a->num_steps, 2, 10000),
         arg_double("cfg-scale", 0, "X", "guidance; 1 = off (default: 4)", &a->cfg_scale, 0, 1000),
         arg_choice("sampling-method", 0, "ddpm, ddim, dpm++2m, dpm++2m-sde, euler, flow-euler (default: the model's)",
                    &a->sampler, sampler_names),
-        arg_int("seed", 's', "N", "picture i uses N+i (default: 42)", &a->seed, 0, 9e18),
+        arg_int("width", 'W', "PIXELS", "of pictures (default: the model's)", &a->width, 8, 16384),
+        arg_int("height", 'H', "PIXELS", "default: the model's", &a->height, 8, 16384),
+        arg_int("frames", 0, "N", "of a walk, with the first (default: 24)", &a->num_frames, 2, MAX_FRAMES),
+        arg_int("walks", 0, "N", "of a world, one after the other (default: 2)", &a->num_walks, 1, MAX_WALKS),
+        arg_strings("init", 'i', "FILE|SEED", "first frames of walks, as refrain world; in turns", &a->inits),
+        arg_strings("actions", 'a', "LIST|FILE", "of walks; in turns (default: built-in scripts)", &a->actions),
+        arg_int("window", 0, "N", "frames seen, the new one too (the model's)", &a->window, 2, 65536),
+        arg_choice("context", 0, "full window: rebuild, keep, sinks (rebuild)", &a->context, "rebuild keep sinks"),
+        arg_int("sinks", 0, "N", "frames that never leave (default: 2)", &a->num_sinks, 1, 4096),
+        arg_int("seed", 's', "N", "picture or walk i uses N+i (default: 42)", &a->seed, 0, 9e18),
         arg_int("repeat", 'r', "N", "timed runs of a setting (default: 2, on CUDA 3)", &a->repeats, 1, 1000),
-        arg_double("target-psnr", 0, "DB", "search: fastest setting with this mean PSNR (default: off)",
-                   &a->target_psnr, 1, 99),
+        arg_double("target-psnr", 0, "DB", "search: fastest with this mean PSNR (default: off)", &a->target_psnr, 1,
+                   99),
         arg_double("target-ssim", 0, "X", "search: and this mean SSIM", &a->target_ssim, 0, 1),
         arg_double("target-speedup", 0, "X", "search: best setting that is so much faster", &a->target_speedup, 1,
                    1000),
-        arg_int("width", 'W', "PIXELS", "default: the model's", &a->width, 8, 16384),
-        arg_int("height", 'H', "PIXELS", "default: the model's", &a->height, 8, 16384),
-        arg_int("batch", 'b', "N", "pictures at once; divides -n (default: by size)", &a->batch, 1, MAX_PICTURES),
+        arg_int("batch", 'b', "N", "at once; divides -n or --walks (by size; walks 1)", &a->batch, 1, MAX_PICTURES),
         arg_string("device", 0, "NAME", "auto, cpu, cuda, cuda:N (default: auto)", &a->device),
         arg_choice("dtype", 0, "auto, f32, bf16 (default: bf16 on CUDA, else f32)", &a->dtype, "auto f32 bf16"),
         arg_int("threads", 't', "N", "CPU threads (default: all)", &a->threads, 1, 1024),
-        arg_string("synthetic-weights", 0, "CONFIG", "random weights: dit-xl-2-256, ...", &a->synthetic),
-        arg_flag("force", 0, "also policies that do not fit the sampler or step count", &a->force),
+        arg_string("synthetic-weights", 0, "CONFIG", "random weights: dit-xl-2-256, oasis-500m, ...", &a->synthetic),
+        arg_flag("force", 0, "also policies that do not fit sampler or steps", &a->force),
         arg_flag("json", 0, "all results as a JSON object on standard output", &a->json),
         arg_flag("quiet", 'q', "say nothing but errors", &a->quiet),
     };
@@ -122,202 +86,143 @@ static args_result read_args(sweep_args *a, int argc, char **argv) {
     return result;
 }
 
+/* An option that would do nothing is refused. */
+static rf_status check_kind(const sweep_run *run, rf_error *err) {
+    const sweep_args *a = &run->args;
+    const char *of_images = a->num_pictures        ? "num"
+                            : a->classes.count     ? "class"
+                            : !isnan(a->cfg_scale) ? "cfg-scale"
+                            : a->sampler           ? "sampling-method"
+                            : a->width             ? "width"
+                            : a->height            ? "height"
+                                                   : NULL;
+    const char *of_worlds = a->num_frames      ? "frames"
+                            : a->num_walks     ? "walks"
+                            : a->inits.count   ? "init"
+                            : a->actions.count ? "actions"
+                            : a->window        ? "window"
+                            : a->context       ? "context"
+                            : a->num_sinks     ? "sinks"
+                                               : NULL;
+    const char *wrong = run->is_world ? of_images : of_worlds;
+    if (!wrong) return RF_OK;
+    return rf_fail(err, RF_ERR_ARGUMENT, "--%s: of a model of %s; this is %s", wrong,
+                   run->is_world ? "images" : "worlds", run->is_world ? "a world" : "one of images");
+}
+
+static bool is_world_config(const char *config) {
+    rf_json *doc = NULL;
+    const char *name = "";
+    bool is_world = strncmp(config, "oasis", 5) == 0 && !rf_path_exists(config);
+    if (rf_path_exists(config) && rf_json_open(&doc, config, NULL) == RF_OK &&
+        rf_json_opt_string(doc, rf_json_root(doc), "_class_name", "", &name, NULL) == RF_OK)
+        is_world = strcmp(name, "OasisWorld") == 0;
+    rf_json_close(doc);
+    return is_world;
+}
+
+static rf_status find_kind(sweep_run *run, rf_error *err) {
+    const sweep_args *a = &run->args;
+    char *path = NULL;
+    if (a->synthetic) {
+        run->is_world = is_world_config(a->synthetic);
+    } else {
+        RF_TRY(find_model(&path, a->model, err));
+        run->is_world = rf_world_is_world(path);
+        rf_free(path);
+    }
+    run->kind = run->is_world ? &sweep_worlds : &sweep_images;
+    return check_kind(run, err);
+}
+
 static bool is_search(const sweep_args *a) {
     return a->target_psnr > 0 || a->target_ssim > 0 || a->target_speedup > 0;
 }
 
-/* A wrong spec is found before anything is loaded. */
+static rf_status add_spec(sweep_run *run, const char *spec, rf_error *err) {
+    return run->is_world ? sweep_plan_add_world(&run->plan, spec, run->slides, err)
+                         : sweep_plan_add(&run->plan, spec, err);
+}
+
+/* Worlds take few steps: every number of them is in the control. */
+static rf_status add_control(sweep_run *run, rf_error *err) {
+    const sweep_args *a = &run->args;
+    const char *text = a->fewer_steps ? a->fewer_steps : "auto";
+    char every[8 * EVERY_STEP] = "";
+    size_t used = 0;
+    if (!a->fewer_steps && is_search(a)) return RF_OK;
+    if (run->is_world && strcmp(text, "auto") == 0 && run->num_steps <= EVERY_STEP) {
+        for (int i = run->num_steps - 1; i > 0; i--)
+            used += (size_t)snprintf(every + used, sizeof every - used, "%s%d", used ? "," : "", i);
+        if (used) text = every;
+    }
+    return sweep_plan_add_steps(&run->plan, text, run->num_steps, err);
+}
+
 static rf_status make_plan(sweep_run *run, rf_error *err) {
     const sweep_args *a = &run->args;
-    rf_status st = RF_OK;
     if (is_search(a) && a->policies.count == 0)
         return rf_fail(err, RF_ERR_ARGUMENT, "--target-...: expected the policy to search, as --policy NAME");
-    if (a->fewer_steps || !is_search(a))
-        st = sweep_plan_add_steps(&run->plan, a->fewer_steps ? a->fewer_steps : "auto", (int)a->num_steps, err);
-    for (int i = 0; i < a->policies.count && st == RF_OK; i++) {
+    if (run->num_steps > 0) RF_TRY(add_control(run, err));
+    for (int i = 0; i < a->policies.count; i++) {
         if (!is_search(a)) {
-            st = sweep_plan_add(&run->plan, a->policies.items[i], err);
+            RF_TRY(add_spec(run, a->policies.items[i], err));
             continue;
         }
         sweep_plan fixed = {0};
         sweep_range range;
-        st = sweep_plan_search(a->policies.items[i], &fixed, &range, err);
+        rf_status st = sweep_plan_search(a->policies.items[i], run->is_world, &fixed, &range, err);
         sweep_plan_free(&fixed);
+        RF_TRY(st);
     }
-    if (st == RF_OK && a->policies.count == 0) st = sweep_plan_add(&run->plan, "all", err);
-    return st;
+    return a->policies.count == 0 ? add_spec(run, "all", err) : RF_OK;
 }
 
-static rf_status open_model(sweep_run *run, rf_error *err) {
+/* A wrong spec is found before anything is loaded; the numbers of steps of a world are known then. */
+static rf_status open_run(sweep_run *run, rf_error *err) {
     const sweep_args *a = &run->args;
-    opened_model opened;
-    rf_status st =
-        open_image_model(&opened, a->model, a->synthetic, a->device, (int)a->threads, a->dtype, &run->log, err);
-    run->model_path = opened.path;
-    run->model_name = opened.name;
-    run->backend = opened.backend;
-    run->dtype = opened.dtype;
-    run->model = opened.model;
-    if (st != RF_OK) return st;
+    RF_TRY(find_kind(run, err));
+    run->num_steps = a->num_steps ? (int)a->num_steps : run->is_world ? 0 : DEFAULT_STEPS;
+    RF_TRY(make_plan(run, err));
+    RF_TRY(run->kind->open(run, err));
     run->warms_up = rf_backend_get_kind(run->backend) == RF_BACKEND_CUDA;
     run->repeats = a->repeats ? (int)a->repeats : run->warms_up ? 3 : 2;
+    if (!run->is_world) return RF_OK;
+    sweep_plan_free(&run->plan);
+    return make_plan(run, err);
+}
+
+rf_status sweep_choose_batch(sweep_run *run, int num, int most, const char *what, rf_error *err) {
+    int given = (int)run->args.batch;
+    if (given && num % given != 0)
+        return rf_fail(err, RF_ERR_ARGUMENT, "--batch %d: expected a divisor of the %d %s", given, num, what);
+    run->batch = given ? given : most < num ? most : num;
+    while (num % run->batch != 0) run->batch--;
     return RF_OK;
-}
-
-/* The largest divisor of the number of pictures that a memory budget allows: every batch is of one size. */
-static rf_status choose_batch(sweep_run *run, rf_error *err) {
-    const sweep_args *a = &run->args;
-    rf_image_model_info info = rf_image_model_get_info(run->model);
-    const rf_dit_desc *d = &info.transformer->desc;
-    double scale =
-        (a->width ? (double)a->width / info.image_width : 1) * (a->height ? (double)a->height / info.image_height : 1);
-    double tokens = (double)d->sample_size / d->ph * ((double)d->sample_size / d->pw) * scale;
-    double per_picture = 2 * tokens * (double)d->width * 16 * (double)rf_dtype_bytes(run->dtype) + 1;
-    double fit = (double)(run->warms_up ? GPU_BATCH_BYTES : CPU_BATCH_BYTES) / per_picture;
-    int most = fit < 1 ? 1 : fit > MAX_BATCH ? MAX_BATCH : (int)fit;
-    run->num_pictures = (int)a->num_pictures;
-    if (a->batch && run->num_pictures % a->batch != 0)
-        return rf_fail(err, RF_ERR_ARGUMENT, "--batch %jd: expected a divisor of the %d pictures", (intmax_t)a->batch,
-                       run->num_pictures);
-    run->batch = a->batch ? (int)a->batch : most < run->num_pictures ? most : run->num_pictures;
-    while (run->num_pictures % run->batch != 0) run->batch--;
-    return RF_OK;
-}
-
-static rf_status plan_pictures(sweep_run *run, rf_error *err) {
-    const sweep_args *a = &run->args;
-    int num_classes = rf_image_model_get_info(run->model).num_classes, n = run->num_pictures;
-    size_t room = (size_t)n * 12 + 1, used = 0;
-    run->class_ids = rf_alloc_zero((size_t)n, sizeof *run->class_ids);
-    run->seeds = rf_alloc_zero((size_t)n, sizeof *run->seeds);
-    run->class_text = rf_alloc_zero(room, 1);
-    if (!run->class_ids || !run->seeds || !run->class_text)
-        return rf_fail(err, RF_ERR_MEMORY, "no memory for a list of %d pictures", n);
-    for (int i = 0; i < n; i++) {
-        run->seeds[i] = (uint64_t)a->seed + (uint64_t)i;
-        run->class_ids[i] = n < num_classes   ? (int)((int64_t)i * num_classes / n)
-                            : num_classes > 0 ? i % num_classes
-                                              : 0;
-        if (a->classes.count > 0) {
-            rf_status st =
-                rf_image_model_find_class(run->model, a->classes.items[i % a->classes.count], &run->class_ids[i], err);
-            if (st != RF_OK) return st;
-        }
-        used += (size_t)snprintf(run->class_text + used, room - used, "%s%d", i ? " " : "", run->class_ids[i]);
-    }
-    return RF_OK;
-}
-
-static rf_status plan_options(sweep_run *run, rf_error *err) {
-    const sweep_args *a = &run->args;
-    rf_image_options o = rf_image_options_default();
-    o.batch = run->batch;
-    o.num_steps = (int)a->num_steps;
-    o.cfg_scale = a->cfg_scale;
-    o.sampler = RF_SAMPLER_COUNT;
-    if (a->sampler && !rf_sampler_kind_from_name(a->sampler, &o.sampler))
-        return rf_fail(err, RF_ERR_ARGUMENT, "--sampling-method: this build has no %s", a->sampler);
-    o.width = (int)a->width;
-    o.height = (int)a->height;
-    o.force_policy = a->force;
-    run->tuning_path = tuning_cache_path(false);
-    o.gemm_tuning = run->tuning_path;
-    run->options = o;
-    return rf_image_options_check(&o, err);
-}
-
-static rf_status open_store(sweep_run *run, rf_error *err) {
-    const sweep_args *a = &run->args;
-    rf_image_model_info info = rf_image_model_get_info(run->model);
-    rf_sampler_kind sampler = a->sampler ? run->options.sampler : info.scheduler.kind;
-    char steps[16], cfg[32], seed[24], pictures[16], size[32], params[24], batch[16], threads[16], date[40] = "";
-    time_t now = time(NULL);
-    struct tm local;
-    snprintf(steps, sizeof steps, "%d", run->options.num_steps);
-    snprintf(cfg, sizeof cfg, "%g", a->cfg_scale);
-    snprintf(seed, sizeof seed, "%jd", (intmax_t)a->seed);
-    snprintf(pictures, sizeof pictures, "%d", run->num_pictures);
-    snprintf(size, sizeof size, "%dx%d", a->width ? (int)a->width : info.image_width,
-             a->height ? (int)a->height : info.image_height);
-    snprintf(params, sizeof params, "%jd", (intmax_t)info.num_params);
-    snprintf(batch, sizeof batch, "%d", run->batch);
-    snprintf(threads, sizeof threads, "%d", rf_backend_num_threads(run->backend));
-    if (localtime_r(&now, &local)) strftime(date, sizeof date, "%Y-%m-%d %H:%M %z", &local);
-    /* '_': for people; may differ when a sweep goes on. */
-    const sweep_pin pins[] = {
-        {"model", (char *)(uintptr_t)run->model_name},
-        {"parameters", params},
-        {"sampler", (char *)(uintptr_t)rf_sampler_kind_name(sampler)},
-        {"steps", steps},
-        {"cfg_scale", cfg},
-        {"seed", seed},
-        {"pictures", pictures},
-        {"classes", run->class_text},
-        {"size", size},
-        {"batch", batch},
-        {"device", (char *)(uintptr_t)rf_backend_description(run->backend)},
-        {"dtype", (char *)(uintptr_t)rf_dtype_name(run->dtype)},
-        {"threads", threads},
-        {"_date", date},
-        {"_version", (char *)(uintptr_t)RF_VERSION},
-    };
-    return sweep_store_open(&run->store, a->report, pins, sizeof pins / sizeof pins[0], err);
 }
 
 /* --- one run of all pictures -------------------------------------------------------------------------------------- */
 
-static bool keep_going(void *user, int step, int num_steps) {
-    (void)user;
-    (void)step;
-    (void)num_steps;
-    return !cancel_requested();
+rf_status sweep_interrupted(const sweep_run *run, rf_error *err) {
+    return rf_fail(err, RF_ERR_CANCELLED, "interrupted after %d of %d settings%s", run->num_done, run->num_todo,
+                   run->args.report ? "; the same command goes on from here" : "");
 }
 
-typedef struct {
-    double ms; /* denoising loops of all batches */
-    bool has_cache;
-    rf_cache_counts cache; /* summed */
-} loop_result;
-
-/* latents, pictures: where to, or both NULL. kinds: of picture 0, [num_steps] or NULL. */
-static rf_status run_pictures(sweep_run *run, rf_image_session *session, float *latents, float *pictures,
-                              uint8_t *kinds, loop_result *out, rf_error *err) {
-    rf_image_session_info s = rf_image_session_get_info(session);
-    size_t latent_stride = (size_t)s.latent_channels * (size_t)s.latent_height * (size_t)s.latent_width;
-    size_t picture_stride = 3 * (size_t)s.image_height * (size_t)s.image_width;
-    rf_status st = RF_OK;
-    memset(out, 0, sizeof *out);
-    for (int first = 0; first < run->num_pictures && st == RF_OK; first += run->batch) {
-        st = rf_image_session_denoise(session, run->class_ids + first, run->seeds + first, NULL, keep_going, NULL, err);
-        if (st != RF_OK) break;
-        s = rf_image_session_get_info(session);
-        out->ms += s.denoise_ms;
-        out->has_cache = s.has_cache;
-        out->cache.steps_full += s.cache.steps_full;
-        out->cache.steps_partial += s.cache.steps_partial;
-        out->cache.steps_skipped += s.cache.steps_skipped;
-        out->cache.blocks_computed += s.cache.blocks_computed;
-        out->cache.blocks_total += s.cache.blocks_total;
-        out->cache.rows_computed += s.cache.rows_computed;
-        out->cache.rows_total += s.cache.rows_total;
-        out->cache.decide_ms += s.cache.decide_ms;
-        out->cache.bytes = s.cache.bytes;
-        if (kinds && first == 0 && s.step_kinds) memcpy(kinds, s.step_kinds, (size_t)s.num_steps);
-        if (!latents) continue;
-        st = rf_image_session_read_latents(session, latents + (size_t)first * latent_stride, err);
-        if (st == RF_OK) st = rf_image_session_decode(session, pictures + (size_t)first * picture_stride, err);
-    }
-    if (st == RF_OK && cancel_requested()) st = RF_ERR_CANCELLED;
-    if (st == RF_ERR_CANCELLED) {
-        return rf_fail(err, st, "interrupted after %d of %d settings%s", run->num_done, run->num_todo,
-                       run->args.report ? "; the same command goes on from here" : "");
-    }
-    return st;
+void sweep_add_counts(rf_cache_counts *sum, const rf_cache_counts *one) {
+    sum->steps_full += one->steps_full;
+    sum->steps_partial += one->steps_partial;
+    sum->steps_skipped += one->steps_skipped;
+    sum->blocks_computed += one->blocks_computed;
+    sum->blocks_total += one->blocks_total;
+    sum->rows_computed += one->rows_computed;
+    sum->rows_total += one->rows_total;
+    sum->decide_ms += one->decide_ms;
+    sum->bytes = one->bytes;
 }
 
 /* --- the uncached run --------------------------------------------------------------------------------------------- */
 
-static rf_status save_picture(const sweep_run *run, const float *planar, const char *stem, int index, rf_error *err) {
+rf_status sweep_save_picture(const sweep_run *run, const float *planar, const char *stem, int index, rf_error *err) {
     char name[64], *path = NULL;
     rf_image image = {0};
     snprintf(name, sizeof name, "%s-%d.png", stem, index);
@@ -333,32 +238,28 @@ static rf_status save_pictures(const sweep_run *run, const float *pictures, cons
     const int *shape = run->reference.image;
     size_t stride = (size_t)shape[0] * (size_t)shape[1] * (size_t)shape[2];
     rf_status st = RF_OK;
-    for (int i = 0; i < run->num_pictures && i < SHOWN_PICTURES && st == RF_OK && run->args.report; i++)
-        st = save_picture(run, pictures + (size_t)i * stride, stem, i, err);
+    for (int i = 0; i < run->num_shown && st == RF_OK && run->args.report; i++)
+        st = sweep_save_picture(run, pictures + (size_t)run->shown[i] * stride, stem, i, err);
     return st;
 }
 
 static rf_status time_base(sweep_run *run, rf_error *err) {
-    loop_result r;
-    rf_status st = run_pictures(run, run->base, NULL, NULL, NULL, &r, err);
-    if (st != RF_OK) return st;
+    sweep_loop r = {0};
+    RF_TRY(run->kind->loop(run, run->base, &r, err));
     run->based_ms = now_ms();
     return sweep_store_add_baseline(run->store, r.ms, err);
 }
 
 /* Is it time to look at the machine's speed again? */
 static rf_status time_base_if_due(sweep_run *run, rf_error *err) {
-    double since = now_ms() - run->based_ms, every = BASE_EVERY_RUNS * sweep_store_base_ms(run->store, BASE_WINDOW);
+    double since = now_ms() - run->based_ms,
+           every = BASE_EVERY_RUNS * sweep_store_base_ms(run->store, SWEEP_BASE_WINDOW);
     if (since < BASE_EVERY_MS || since < every) return RF_OK;
     return time_base(run, err);
 }
 
 static rf_status make_arrays(sweep_run *run, size_t *num_latents, rf_error *err) {
-    rf_image_session_info s = rf_image_session_get_info(run->base);
     sweep_reference *r = &run->reference;
-    *r = (sweep_reference){.num = run->num_pictures,
-                           .latent = {s.latent_channels, s.latent_height, s.latent_width},
-                           .image = {3, s.image_height, s.image_width}};
     size_t latents = (size_t)r->num * (size_t)r->latent[0] * (size_t)r->latent[1] * (size_t)r->latent[2];
     size_t pictures = (size_t)r->num * (size_t)r->image[0] * (size_t)r->image[1] * (size_t)r->image[2];
     r->latents = rf_alloc(latents * sizeof(float));
@@ -367,7 +268,7 @@ static rf_status make_arrays(sweep_run *run, size_t *num_latents, rf_error *err)
     run->pictures = rf_alloc(pictures * sizeof(float));
     *num_latents = latents;
     if (!r->latents || !r->pictures || !run->latents || !run->pictures)
-        return rf_fail(err, RF_ERR_MEMORY, "no memory for %d pictures of %dx%d", r->num, s.image_width, s.image_height);
+        return rf_fail(err, RF_ERR_MEMORY, "no memory for %d pictures of %dx%d", r->num, r->image[2], r->image[1]);
     return RF_OK;
 }
 
@@ -397,12 +298,12 @@ static rf_status use_stored(sweep_run *run, size_t num_latents, rf_error *err) {
 }
 
 static rf_status make_reference(sweep_run *run, rf_error *err) {
-    loop_result r;
     size_t num_latents = 0;
     rf_error missing = {0};
-    rf_status st = rf_image_session_create(&run->base, run->model, &run->options, err);
-    if (st == RF_OK) st = make_arrays(run, &num_latents, err);
-    if (st == RF_OK) st = run_pictures(run, run->base, run->reference.latents, run->reference.pictures, NULL, &r, err);
+    RF_TRY(run->kind->create(run, NULL, &run->base, err));
+    RF_TRY(make_arrays(run, &num_latents, err));
+    sweep_loop r = {.latents = run->reference.latents, .pictures = run->reference.pictures};
+    rf_status st = run->kind->loop(run, run->base, &r, err);
     if (st != RF_OK) return st;
     /* A stored one that is there must load; only its absence is no error. */
     sweep_reference probe;
@@ -419,6 +320,7 @@ static rf_status make_reference(sweep_run *run, rf_error *err) {
     } else {
         st = rf_fail(err, st, "%s", missing.message);
     }
+    if (st == RF_OK) st = run->kind->prepare(run, err);
     if (st == RF_OK && !run->warms_up) st = sweep_store_add_baseline(run->store, r.ms, err);
     if (st == RF_OK) st = time_base(run, err);
     return st;
@@ -491,7 +393,7 @@ static double share(int64_t part, int64_t whole) {
     return whole > 0 ? (double)part / (double)whole : NAN;
 }
 
-static rf_status note_work(sweep_row *row, const loop_result *r, int64_t image_steps, const uint8_t *kinds,
+static rf_status note_work(sweep_row *row, const sweep_loop *r, int64_t image_steps, const uint8_t *kinds,
                            int num_steps, int full_steps, rf_error *err) {
     row->steps = num_steps;
     if (!r->has_cache) { /* the control computes all of its steps; shares are of the full run's */
@@ -516,36 +418,43 @@ static rf_status note_work(sweep_row *row, const loop_result *r, int64_t image_s
     return RF_OK;
 }
 
-static rf_status measure(sweep_run *run, const sweep_setting *setting, rf_image_session *session, sweep_row *row,
-                         rf_error *err) {
-    int num_steps = rf_image_session_get_info(session).num_steps;
+/* Once is enough for what computes everything in every step. */
+static int repeats_of(const sweep_run *run, const sweep_setting *setting) {
+    return run->is_world && setting->context == SWEEP_CONTEXT_OFF ? 1 : run->repeats;
+}
+
+static rf_status measure(sweep_run *run, const sweep_setting *setting, void *session, sweep_row *row, rf_error *err) {
+    int num_steps = setting->num_steps ? setting->num_steps : run->num_steps, repeats = repeats_of(run, setting);
     uint8_t *kinds = rf_alloc_zero((size_t)num_steps, 1);
-    double *times = rf_alloc_zero((size_t)run->repeats, sizeof *times);
-    loop_result r;
-    rf_status st = kinds && times ? RF_OK : rf_fail(err, RF_ERR_MEMORY, "no memory for %d runs", run->repeats);
-    if (st == RF_OK && run->warms_up) st = run_pictures(run, session, NULL, NULL, NULL, &r, err);
-    for (int i = 0; i < run->repeats && st == RF_OK; i++) {
-        bool first = i == 0;
-        st = run_pictures(run, session, first ? run->latents : NULL, first ? run->pictures : NULL, first ? kinds : NULL,
-                          &r, err);
+    double *times = rf_alloc_zero((size_t)repeats, sizeof *times);
+    sweep_loop r = {0}, first = {0};
+    rf_status st = kinds && times ? RF_OK : rf_fail(err, RF_ERR_MEMORY, "no memory for %d runs", repeats);
+    if (st == RF_OK && run->warms_up) st = run->kind->loop(run, session, &r, err);
+    for (int i = 0; i < repeats && st == RF_OK; i++) {
+        r = (sweep_loop){0};
+        if (i == 0) r = (sweep_loop){.latents = run->latents, .pictures = run->pictures, .kinds = kinds};
+        st = run->kind->loop(run, session, &r, err);
+        if (i == 0) first = r;
         times[i] = r.ms;
     }
     if (st == RF_OK)
-        st = note_work(row, &r, (int64_t)num_steps * run->num_pictures, kinds, num_steps, run->options.num_steps, err);
+        st = note_work(row, &r, (int64_t)num_steps * run->num_pictures, kinds, num_steps, run->num_steps, err);
     if (st == RF_OK) st = measure_quality(run, row, err);
     if (st == RF_OK) {
         char hash[17];
-        row->repeats = run->repeats;
-        row->loop_ms = sweep_median(times, run->repeats);
+        row->repeats = repeats;
+        row->loop_ms = sweep_median(times, repeats);
         row->loop_min_ms = row->loop_max_ms = times[0];
-        for (int i = 1; i < run->repeats; i++) {
+        for (int i = 1; i < repeats; i++) {
             row->loop_min_ms = fmin(row->loop_min_ms, times[i]);
             row->loop_max_ms = fmax(row->loop_max_ms, times[i]);
         }
-        row->base_ms = sweep_store_base_ms(run->store, BASE_WINDOW);
+        row->base_ms = sweep_store_base_ms(run->store, SWEEP_BASE_WINDOW);
         row->speedup = row->loop_ms > 0 ? row->base_ms / row->loop_ms : NAN;
+        r.decode_ms = first.decode_ms;
+        st = run->kind->measure(run, &r, row, err);
         sweep_key_hash(setting->key, hash);
-        st = save_pictures(run, run->pictures, hash, err);
+        if (st == RF_OK) st = save_pictures(run, run->pictures, hash, err);
     }
     rf_free(kinds);
     rf_free(times);
@@ -560,13 +469,11 @@ static void say_row(const sweep_run *run, const sweep_row *row) {
         double eta = seconds / run->num_done * remaining;
         snprintf(left, sizeof left, eta < 90 ? "; %.0f s left" : "; %.1f min left", eta < 90 ? eta : eta / 60);
     }
-    char name[256];
-    if (sweep_is_control(row)) {
-        snprintf(name, sizeof name, "no cache, %.0f steps", row->steps);
-    } else {
-        snprintf(name, sizeof name, "%s%s%s", row->policy, row->options[0] ? ":" : "", row->options);
-    }
-    char done[48];
+    char name[256], done[48], kept[48] = "";
+    sweep_row_name(row, name, sizeof name);
+    if (isfinite(row->kept)) snprintf(kept, sizeof kept, ", %.1f %% kept", 100 * row->kept);
+    if (isfinite(row->frames_per_s))
+        snprintf(kept + strlen(kept), sizeof kept - strlen(kept), ", %.3g frames/s", row->frames_per_s);
     if (run->num_todo > 0) {
         snprintf(done, sizeof done, "[%d/%d] ", run->num_done, run->num_todo);
     } else {
@@ -575,8 +482,8 @@ static void say_row(const sweep_run *run, const sweep_row *row) {
     if (strcmp(row->status, "refused") == 0) {
         say("%s%s refused: %s", done, name, row->reason);
     } else {
-        say("%s%s: %.2fx, PSNR %.2f dB, SSIM %.4f, %.0f %% of rows%s", done, name, row->speedup, row->psnr_mean,
-            row->ssim_mean, 100 * row->share_rows, left);
+        say("%s%s: %.2fx, PSNR %.2f dB, SSIM %.4f%s, %.0f %% of rows%s", done, name, row->speedup, row->psnr_mean,
+            row->ssim_mean, kept, 100 * row->share_rows, left);
     }
 }
 
@@ -584,25 +491,22 @@ static void say_row(const sweep_run *run, const sweep_row *row) {
 static rf_status run_setting(sweep_run *run, const sweep_setting *setting, int *index, rf_error *err) {
     *index = sweep_store_find(run->store, setting->key);
     if (*index >= 0) return RF_OK;
-    rf_image_options o = run->options;
-    rf_image_session *session = NULL;
+    void *session = NULL;
     sweep_row row = {0};
     sweep_row_clear(&row);
-    o.policy = setting->object;
-    if (setting->num_steps) o.num_steps = setting->num_steps;
-    rf_status st = time_base_if_due(run, err);
-    if (st != RF_OK) return st;
-    st = rf_image_session_create(&session, run->model, &o, err);
-    bool refused = setting->object && is_refusal(st);
-    if (st == RF_OK) st = measure(run, setting, session, &row, err);
-    rf_image_session_destroy(session);
-    if (st != RF_OK && !refused) {
+    RF_TRY(time_base_if_due(run, err));
+    rf_status st = run->kind->create(run, setting, &session, err);
+    bool refused = (setting->object || run->is_world) && is_refusal(st);
+    if (st != RF_OK && !refused) return st;
+    if (!set_texts(&row, setting, refused ? "refused" : "ok", refused ? err->message : "")) {
+        st = rf_fail(err, RF_ERR_MEMORY, "no memory for a result");
+    } else {
+        st = refused ? RF_OK : measure(run, setting, session, &row, err);
+    }
+    run->kind->destroy(session);
+    if (st != RF_OK) {
         sweep_row_clear(&row);
         return st;
-    }
-    if (!set_texts(&row, setting, refused ? "refused" : "ok", refused ? err->message : "")) {
-        sweep_row_clear(&row);
-        return rf_fail(err, RF_ERR_MEMORY, "no memory for a result");
     }
     st = sweep_store_add(run->store, &row, err);
     *index = sweep_store_num(run->store) - 1;
@@ -721,13 +625,28 @@ static void target_text(const sweep_args *a, char *text, size_t room) {
     if (a->target_speedup > 0) snprintf(text + used, room - used, "%s%gx", used ? ", " : "", a->target_speedup);
 }
 
+/* As options of the other commands: what a world's setting says besides has flags of its own. */
 static void print_found(const sweep_row *row) {
-    char options[2048];
-    snprintf(options, sizeof options, "%s", row->options);
-    for (char *c = options; *c; c++) {
-        if (*c == ';') *c = ',';
+    char flags[256] = "";
+    const char *before = " --cache-option ";
+    printf("--cache-mode %s", row->policy);
+    for (const char *at = row->options; *at;) {
+        int len = (int)strcspn(at, ";");
+        size_t used = strlen(flags);
+        if (strncmp(at, "carry=", 6) == 0) {
+            snprintf(flags + used, sizeof flags - used, " --carry %.*s", len - 6, at + 6);
+        } else if (strncmp(at, "context=off", 11) == 0) {
+            snprintf(flags + used, sizeof flags - used, " --no-context-cache");
+        } else if (strncmp(at, "context=", 8) == 0) {
+            snprintf(flags + used, sizeof flags - used, " --context %.*s", len - 8, at + 8);
+        } else {
+            printf("%s%.*s", before, len, at);
+            before = ",";
+        }
+        at += len;
+        if (*at) at++;
     }
-    printf("--cache-mode %s%s%s\n", row->policy, options[0] ? " --cache-option " : "", options);
+    printf("%s\n", flags);
     printf("speed-up %.3f, PSNR %.2f dB (worst %.2f), SSIM %.4f (worst %.4f), relative L2 of the latent %.4f, "
            "%.1f %% of token rows computed, cache %.1f MB\n",
            row->speedup, row->psnr_mean, row->psnr_worst, row->ssim_mean, row->ssim_worst, row->latent_mean,
@@ -743,7 +662,7 @@ static rf_status run_search(sweep_run *run, int *found, rf_error *err) {
     for (int i = 0; i < run->args.policies.count && st == RF_OK; i++) {
         sweep_plan fixed = {0};
         search s = {.run = run, .best = -1, .nearest = -1};
-        st = sweep_plan_search(run->args.policies.items[i], &fixed, &s.range, err);
+        st = sweep_plan_search(run->args.policies.items[i], run->is_world, &fixed, &s.range, err);
         s.fixed = fixed.items;
         if (st == RF_OK) st = bisect(&s, err);
         sweep_plan_free(&fixed);
@@ -762,16 +681,6 @@ static rf_status run_search(sweep_run *run, int *found, rf_error *err) {
 }
 
 /* --- the command -------------------------------------------------------------------------------------------------- */
-
-static void say_plan(const sweep_run *run) {
-    rf_image_session_info s = rf_image_session_get_info(run->base);
-    say("%s on %s in %s: %s, %d steps, cfg %g, %d pictures of %dx%d, %d at once; uncached loop %.2f s; %d settings, %d "
-        "run%s each",
-        run->model_name, rf_backend_name(run->backend), rf_dtype_name(run->dtype),
-        sweep_store_pin(run->store, "sampler"), run->options.num_steps, run->options.cfg_scale, run->num_pictures,
-        s.image_width, s.image_height, run->batch, sweep_store_base_ms(run->store, BASE_WINDOW) / 1e3, run->plan.num,
-        run->repeats, run->repeats == 1 ? "" : "s");
-}
 
 static rf_status print_results(const sweep_run *run, int found, rf_error *err) {
     if (run->args.json) {
@@ -796,17 +705,14 @@ static rf_status write_files(const sweep_run *run, rf_error *err) {
 }
 
 static void close_run(sweep_run *run) {
-    rf_image_session_destroy(run->base);
-    rf_image_model_close(run->model);
+    if (run->base) run->kind->destroy(run->base);
+    if (run->kind) run->kind->close(run);
     rf_backend_close(run->backend);
     sweep_store_close(run->store);
     sweep_plan_free(&run->plan);
     sweep_reference_free(&run->reference);
     rf_free(run->latents);
     rf_free(run->pictures);
-    rf_free(run->class_ids);
-    rf_free(run->seeds);
-    rf_free(run->class_text);
     rf_free(run->model_path);
     rf_free(run->tuning_path);
 }
@@ -820,15 +726,10 @@ int cmd_sweep(int argc, char **argv) {
     run.log = program_log(run.args.quiet ? -1 : 0);
     cancel_install();
 
-    rf_status st = make_plan(&run, &err);
-    if (st == RF_OK) st = open_model(&run, &err);
-    if (st == RF_OK) st = choose_batch(&run, &err);
-    if (st == RF_OK) st = plan_pictures(&run, &err);
-    if (st == RF_OK) st = plan_options(&run, &err);
-    if (st == RF_OK) st = open_store(&run, &err);
+    rf_status st = open_run(&run, &err);
     if (st == RF_OK) st = make_reference(&run, &err);
     bool measured = st == RF_OK;
-    if (st == RF_OK && !run.args.quiet) say_plan(&run);
+    if (st == RF_OK && !run.args.quiet) run.kind->say_plan(&run);
     if (st == RF_OK) st = is_search(&run.args) ? run_search(&run, &found, &err) : run_plan(&run, &err);
     rf_error late = {0};
     rf_status written = measured ? write_files(&run, &late) : RF_OK;

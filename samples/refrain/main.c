@@ -20,6 +20,7 @@ typedef struct {
 
 static const command commands[] = {
     {"image", cmd_image, "sample images of classes with a diffusion transformer"},
+    {"world", cmd_world, "walk through a world model: frames from actions, as a video or live"},
     {"info", cmd_info, "what a model folder or a safetensors file holds"},
     {"bench", cmd_bench, "time forwards or whole images"},
     {"metadata", cmd_metadata, "print the settings embedded in a PNG"},
@@ -31,7 +32,7 @@ static const command commands[] = {
     {"calibrate", cmd_calibrate, "measure on a model what some policies need to know about it"},
 #endif
 };
-static const char command_names[] = "image info bench metadata policies"
+static const char command_names[] = "image world info bench metadata policies"
 #ifdef RF_HAVE_SWEEP
                                     " sweep"
 #endif

@@ -17,6 +17,7 @@
 #include "core/memory.h"
 
 #define SAMPLE_MODEL "objects"
+#define SAMPLE_WORLD "maze"
 
 static void say_line(const char *prefix, const char *format, va_list args) {
     char line[1024];
@@ -144,8 +145,8 @@ static char *model_in(char *folder, const char *name) {
     return NULL;
 }
 
-rf_status find_model(char **out, const char *name, rf_error *err) {
-    const char *wanted = name ? name : SAMPLE_MODEL;
+static rf_status find_or(char **out, const char *name, const char *sample, rf_error *err) {
+    const char *wanted = name ? name : sample;
     const char *env = getenv("REFRAIN_MODELS");
     char *path = NULL;
     if (name && rf_path_exists(name)) {
@@ -164,10 +165,18 @@ rf_status find_model(char **out, const char *name, rf_error *err) {
         return rf_fail(err, RF_ERR_MISSING,
                        "the sample model '%s' was not found beside the program (../samples/models) nor in "
                        "$REFRAIN_MODELS; name a model folder with -m",
-                       SAMPLE_MODEL);
+                       sample);
     }
     *out = path;
     return RF_OK;
+}
+
+rf_status find_model(char **out, const char *name, rf_error *err) {
+    return find_or(out, name, SAMPLE_MODEL, err);
+}
+
+rf_status find_world(char **out, const char *name, rf_error *err) {
+    return find_or(out, name, SAMPLE_WORLD, err);
 }
 
 char *tuning_cache_path(bool create) {
@@ -202,30 +211,72 @@ void format_bytes(char *out, size_t out_bytes, double bytes) {
     snprintf(out, out_bytes, unit == 0 ? "%.0f %s" : "%.1f %s", bytes, units[unit]);
 }
 
+/* Drops slashes at the end of path; gives its last element. */
+static const char *short_name(char *path) {
+    size_t len = strlen(path);
+    while (len > 1 && path[len - 1] == '/') path[--len] = 0;
+    const char *slash = strrchr(path, '/');
+    return slash && slash[1] ? slash + 1 : path;
+}
+
+/* Folder or config, device and dtype: what comes before the model itself. */
+static rf_status open_place(char **path, rf_backend **backend, rf_dtype *dtype, const char *name, const char *synthetic,
+                            const char *sample, const char *device, int threads, const char *dtype_name,
+                            const rf_log *log, rf_error *err) {
+    if (synthetic) {
+        *path = rf_strdup(synthetic);
+        if (!*path) return rf_fail(err, RF_ERR_MEMORY, "%s: no memory for its name", synthetic);
+    } else {
+        RF_TRY(find_or(path, name, sample, err));
+    }
+    RF_TRY(rf_backend_open(backend, device, threads, err));
+    rf_backend_set_log(*backend, log);
+    return dtype_for(dtype, dtype_name, *backend, err);
+}
+
 rf_status open_image_model(opened_model *out, const char *name, const char *synthetic, const char *device, int threads,
                            const char *dtype, const rf_log *log, rf_error *err) {
-    rf_status st = RF_OK;
     *out = (opened_model){0};
+    RF_TRY(open_place(&out->path, &out->backend, &out->dtype, name, synthetic, SAMPLE_MODEL, device, threads, dtype,
+                      log, err));
+    if (!synthetic && rf_world_is_world(out->path))
+        return rf_fail(err, RF_ERR_ARGUMENT, "%s: a world model, and not one of images (refrain world)", out->path);
     if (synthetic) {
-        out->path = rf_strdup(synthetic);
-        if (!out->path) st = rf_fail(err, RF_ERR_MEMORY, "%s: no memory for its name", synthetic);
+        RF_TRY(rf_image_model_synthetic(&out->model, out->backend, synthetic, out->dtype, 0, err));
     } else {
-        st = find_model(&out->path, name, err);
+        RF_TRY(rf_image_model_load(&out->model, out->backend, out->path, out->dtype, err));
     }
-    if (st == RF_OK) st = rf_backend_open(&out->backend, device, threads, err);
-    if (st == RF_OK) {
-        rf_backend_set_log(out->backend, log);
-        st = dtype_for(&out->dtype, dtype, out->backend, err);
-    }
-    if (st == RF_OK && synthetic) {
-        st = rf_image_model_synthetic(&out->model, out->backend, synthetic, out->dtype, 0, err);
-    } else if (st == RF_OK) {
-        st = rf_image_model_load(&out->model, out->backend, out->path, out->dtype, err);
-    }
-    if (st != RF_OK) return st;
-    size_t len = strlen(out->path);
-    while (len > 1 && out->path[len - 1] == '/') out->path[--len] = 0;
-    const char *slash = strrchr(out->path, '/');
-    out->name = slash && slash[1] ? slash + 1 : out->path;
+    out->name = short_name(out->path);
     return RF_OK;
+}
+
+rf_status open_world_model(opened_world *out, const char *name, const char *synthetic, const char *device, int threads,
+                           const char *dtype, const rf_log *log, rf_error *err) {
+    *out = (opened_world){0};
+    RF_TRY(open_place(&out->path, &out->backend, &out->dtype, name, synthetic, SAMPLE_WORLD, device, threads, dtype,
+                      log, err));
+    if (!synthetic && rf_path_is_dir(out->path) && !rf_world_is_world(out->path))
+        return rf_fail(err, RF_ERR_ARGUMENT, "%s: not a world model (of images: refrain image)", out->path);
+    if (synthetic) {
+        RF_TRY(rf_world_model_synthetic(&out->model, out->backend, synthetic, out->dtype, 0, err));
+    } else {
+        RF_TRY(rf_world_model_load(&out->model, out->backend, out->path, out->dtype, err));
+    }
+    out->name = short_name(out->path);
+    return RF_OK;
+}
+
+const char *terminal_type(void) {
+    const char *type = getenv("TERM");
+    return type ? type : "";
+}
+
+int terminal_num_colors(void) {
+    static const char *const known[] = {"direct", "truecolor", "kitty", "foot", "alacritty", "wezterm", "ghostty"};
+    const char *color = getenv("COLORTERM"), *type = terminal_type();
+    if (color && (strcmp(color, "truecolor") == 0 || strcmp(color, "24bit") == 0)) return 1 << 24;
+    for (size_t i = 0; i < sizeof known / sizeof known[0]; i++) {
+        if (strstr(type, known[i])) return 1 << 24;
+    }
+    return strstr(type, "256") ? 256 : 16;
 }

@@ -7,6 +7,7 @@
 
 #include "core/backend.h"
 #include "dit/pipeline.h"
+#include "dit/world.h"
 
 #ifndef RF_VERSION
 #define RF_VERSION "unknown"
@@ -20,6 +21,7 @@ int cmd_info(int argc, char **argv);
 int cmd_bench(int argc, char **argv);
 int cmd_metadata(int argc, char **argv);
 int cmd_policies(int argc, char **argv);
+int cmd_world(int argc, char **argv);
 int cmd_sweep(int argc, char **argv);
 int cmd_calibrate(int argc, char **argv);
 
@@ -51,9 +53,10 @@ int finish_stdout(int exit_status);
 rf_status dtype_for(rf_dtype *out, const char *name, const rf_backend *backend, rf_error *err);
 
 /* The folder of a model: `name` itself if it is a path that exists, else NAME in $REFRAIN_MODELS, beside the program
- * (../samples/models) or in its install folder (../share/refrain/models). NULL stands for the shipped sample model.
- * *out is rf_free'd by the caller. */
+ * (../samples/models) or in its install folder (../share/refrain/models). NULL stands for the shipped sample model of
+ * images, for find_world of worlds. *out is rf_free'd by the caller. */
 rf_status find_model(char **out, const char *name, rf_error *err);
+rf_status find_world(char **out, const char *name, rf_error *err);
 
 /* A device and an image model on it. Also after a failure what is there must be given back: close model and backend, free path. */
 typedef struct {
@@ -66,6 +69,21 @@ typedef struct {
 /* name: as for find_model; synthetic: a config whose weights are drawn, or NULL. log stays with the backend. */
 rf_status open_image_model(opened_model *out, const char *name, const char *synthetic, const char *device, int threads,
                            const char *dtype, const rf_log *log, rf_error *err);
+
+/* The same for a world model. */
+typedef struct {
+    char *path;
+    const char *name;
+    rf_backend *backend;
+    rf_dtype dtype;
+    rf_world_model *model;
+} opened_world;
+rf_status open_world_model(opened_world *out, const char *name, const char *synthetic, const char *device, int threads,
+                           const char *dtype, const rf_log *log, rf_error *err);
+
+/* $TERM ("" if unset), and whether the terminal says that it takes 24-bit colours or, less, 256. */
+const char *terminal_type(void);
+int terminal_num_colors(void); /* 1 << 24, 256 or 16 */
 
 /* $XDG_CACHE_HOME/refrain/gemm-tuning (default ~/.cache), making the folders if `create`; NULL if there is no home. rf_free. */
 char *tuning_cache_path(bool create);

@@ -61,6 +61,71 @@ const char *sweep_builtin_spec(int index) {
     return index >= 0 && (size_t)index < sizeof builtin / sizeof builtin[0] ? builtin[index] : NULL;
 }
 
+/* Of worlds, at ten steps a frame: every policy still, but warm-ups of two or three steps, and skips of three at most but
+ * where a policy decides. The plain run first: it is what published speed-ups are against. */
+static const char *const builtin_world[] = {
+    "none:context=off",
+    "none",
+    "interval:interval=2,3,5",
+    "interval:interval=2,3,4;order=1;first=2",
+    "interval:interval=2,3;order=2;first=3;predictor=newton",
+    "interval:interval=2,3;order=1;first=2;level=hidden",
+    "teacache:threshold=0.15,0.3,0.5,1",
+    "easycache:threshold=0.2,0.4,0.8;first=2",
+    "magcache:threshold=0.06,0.12,0.24",
+    "spectrum:first=3;span=0;degree=2;flex=0,0.5",
+    "spectrum:first=3;span=0;degree=2;level=output",
+    "adacache:codebook=slow|fast|0.3:2/1:1",
+    "worldcache:warmup=3;max_skips=1;threshold=0.2,2",
+    "worldcache:warmup=3;max_skips=2;threshold=0.2,0.5,2",
+    "worldcache:warmup=3;max_skips=4;threshold=0.5,2,8",
+    "worldcache:warmup=3;max_skips=2,3;skip=interval",
+    "fbcache:threshold=0.15,0.3,0.6",
+    "dbcache:warmup=2;threshold=0.15,0.3,0.6",
+    "dbcache:warmup=2;threshold=0.3,0.6;calibrator=taylor",
+    "deltacache:interval=2;fraction=0.5,0.75,0.9",
+    "deltacache:interval=3;fraction=0.9",
+    "fora:interval=2,3,4",
+    "taylorseer:mode=parts;interval=2,3,4",
+    "taylorseer:mode=last;interval=2,3,4;order=1",
+    "taylorseer:mode=last;interval=2,3;order=2;first=3;predictor=newton",
+    "hicache:mode=parts;interval=2,3",
+    "hicache:mode=last;interval=2,3,4",
+    "speca:first=2;order=1;min=1;base=0.05",
+    "speca:first=2;order=1;base=0.05,0.5",
+    "pab:self=2;temporal=2,4;lo=0;hi=1000",
+    "pab:self=2;temporal=3;mlp=2;lo=0;hi=1000",
+    "pab:self=3;temporal=3;mlp=3;lo=0;hi=1000",
+    "toca:interval=2,3",
+    "toca:interval=3;ratio=0.3;attention=rows",
+    "duca:interval=2,3,4",
+    "diffsparse:table=uniform;budget=0.7,0.5,0.35",
+    /* a frame that begins with the last one's features */
+    "interval:interval=3;carry=first,last",
+    "fora:interval=4;carry=first,last",
+    "worldcache:warmup=3;max_skips=4;threshold=2;carry=first,last",
+    "fbcache:threshold=0.3;carry=first,last",
+    "taylorseer:mode=last;interval=3;order=1;carry=first",
+    /* without exact reuse: where published figures come from */
+    "interval:interval=3;order=1;first=2;context=off",
+    "worldcache:warmup=3;max_skips=2;threshold=2;context=off",
+};
+
+/* Where frames leave the window. */
+static const char *const builtin_slides[] = {
+    "none:context=keep,sinks",
+    "interval:interval=3;order=1;first=2;context=keep",
+    "worldcache:warmup=3;max_skips=2;threshold=2;context=keep",
+};
+
+#define NUM_WORLD  (int)(sizeof builtin_world / sizeof builtin_world[0])
+#define NUM_SLIDES (int)(sizeof builtin_slides / sizeof builtin_slides[0])
+
+const char *sweep_builtin_world_spec(int index, bool slides) {
+    if (index < 0 || index >= NUM_WORLD + (slides ? NUM_SLIDES : 0)) return NULL;
+    return index < NUM_WORLD ? builtin_world[index] : builtin_slides[index - NUM_WORLD];
+}
+
 typedef struct {
     const char *policy;
     sweep_range range;
@@ -113,23 +178,36 @@ static rf_status no_memory(rf_error *err) {
     return rf_fail(err, RF_ERR_MEMORY, "no memory for the list of settings");
 }
 
-/* "NAME:all options", rf_free. */
-static char *key_of(const char *name, const rf_policy *object) {
-    size_t describe = rf_policy_describe(object, NULL, 0), len = strlen(name);
-    char *key = rf_alloc(len + describe + 2);
+static const char *const carries[] = {"off", "first", "last"};
+static const char *const contexts[] = {"rebuild", "keep", "sinks", "off"};
+
+/* "NAME:all options" and what a world's setting says besides, if it does; "steps:N". rf_free. */
+static char *key_of(const sweep_setting *s) {
+    char more[64];
+    size_t describe = s->object ? rf_policy_describe(s->object, NULL, 0) : 0, len = strlen(s->policy), used = 0;
+    more[0] = 0;
+    if (s->num_steps > 0) used += (size_t)snprintf(more, sizeof more, "%d", s->num_steps);
+    if (s->carry != RF_CARRY_OFF)
+        used += (size_t)snprintf(more + used, sizeof more - used, ";carry=%s", carries[s->carry]);
+    if (s->context != SWEEP_CONTEXT_GIVEN)
+        snprintf(more + used, sizeof more - used, "%scontext=%s", s->object ? ";" : "", contexts[s->context]);
+    size_t room = len + describe + strlen(more) + 2;
+    char *key = rf_alloc(room);
     if (!key) return NULL;
-    memcpy(key, name, len);
+    memcpy(key, s->policy, len);
     key[len] = ':';
-    rf_policy_describe(object, key + len + 1, describe + 1);
+    key[len + 1] = 0;
+    if (s->object) rf_policy_describe(s->object, key + len + 1, describe + 1);
+    memcpy(key + len + 1 + describe, more, strlen(more) + 1);
     return key;
 }
 
-/* Takes object (NULL for the control, which brings its key). A setting that is there already is dropped. */
-static rf_status append(sweep_plan *plan, const char *name, const char *options, rf_policy *object, const char *key,
-                        int num_steps, rf_error *err) {
-    sweep_setting s = {
-        .policy = rf_strdup(name), .options = rf_strdup(options), .object = object, .num_steps = num_steps};
-    s.key = object ? key_of(name, object) : rf_strdup(key);
+/* Takes s.object; makes the texts. A setting that is there already is dropped. */
+static rf_status append(sweep_plan *plan, sweep_setting s, const char *name, const char *options, rf_error *err) {
+    rf_policy *object = s.object;
+    s.policy = rf_strdup(name);
+    s.options = rf_strdup(options);
+    s.key = s.policy ? key_of(&s) : NULL;
     rf_status st = s.policy && s.options && s.key ? RF_OK : no_memory(err);
     bool known = st == RF_OK && sweep_plan_find(plan, s.key) >= 0;
     if (st == RF_OK && !known && plan->num == SWEEP_MAX_SETTINGS)
@@ -145,7 +223,10 @@ static rf_status append(sweep_plan *plan, const char *name, const char *options,
         }
     }
     if (st == RF_OK && !known) {
-        plan->items[plan->num++] = s;
+        bool first = !s.object && s.context == SWEEP_CONTEXT_OFF;
+        if (first) memmove(plan->items + 1, plan->items, (size_t)plan->num * sizeof *plan->items);
+        plan->items[first ? 0 : plan->num] = s;
+        plan->num++;
         return RF_OK;
     }
     rf_free(s.policy);
@@ -279,13 +360,48 @@ typedef struct {
     value_list values;
 } axis;
 
+#define MAX_AXES (RF_POLICY_MAX_OPTIONS + 2)
+
 typedef struct {
-    const char *spec;
-    const rf_policy_def *def;
-    rf_policy *base; /* all defaults */
-    axis *axes;      /* [RF_POLICY_MAX_OPTIONS] */
+    const char *spec, *name;
+    const rf_policy_def *def; /* NULL: no policy */
+    rf_policy *base;          /* all defaults; NULL likewise */
+    axis *axes;               /* [MAX_AXES] */
     int num_axes;
+    bool world;
 } parsed_spec;
+
+enum { CARRY = 0, CONTEXT };
+static const rf_policy_option world_options[] = {
+    [CARRY] = {"carry", RF_OPTION_CHOICE, "off", 0, 0, "off first last", "what a frame starts with"},
+    [CONTEXT] = {"context", RF_OPTION_CHOICE, "rebuild", 0, 0, "rebuild keep sinks off", "what becomes of old frames"},
+};
+
+/* Place of text among num names, -1 = none. */
+static int find_name(const char *const *names, int num, const char *text) {
+    for (int i = 0; i < num; i++) {
+        if (strcmp(names[i], text) == 0) return i;
+    }
+    return -1;
+}
+
+/* One value of an option, the world's own or the policy's. */
+static rf_status set_value(sweep_setting *s, const rf_policy_option *option, const char *value, rf_error *err) {
+    int carry = option == &world_options[CARRY] ? find_name(carries, 3, value) : 0;
+    int context = option == &world_options[CONTEXT] ? find_name(contexts, 4, value) : 0;
+    if (carry < 0 || context < 0) {
+        return rf_fail(err, RF_ERR_ARGUMENT, "%s: expected one of %s, found '%s'", option->name, option->choices,
+                       value);
+    }
+    if (option == &world_options[CARRY]) {
+        s->carry = (rf_cache_carry)carry;
+    } else if (option == &world_options[CONTEXT]) {
+        s->context = (sweep_context)context;
+    } else {
+        return rf_policy_set_one(s->object, option->name, value, err);
+    }
+    return RF_OK;
+}
 
 static void free_parsed(parsed_spec *parsed) {
     for (int i = 0; i < parsed->num_axes; i++) free_values(&parsed->axes[i].values);
@@ -295,14 +411,12 @@ static void free_parsed(parsed_spec *parsed) {
 
 /* Every value is tried on its own, so that a wrong one is found with its place before anything runs. */
 static rf_status check_values(const parsed_spec *parsed, const axis *a, rf_error *err) {
-    rf_policy *copy = rf_policy_clone(parsed->base);
-    rf_status st = copy ? RF_OK : no_memory(err);
-    for (int i = 0; i < a->values.num && st == RF_OK; i++) {
-        st = rf_policy_set_one(copy, a->option->name, a->values.values[i], err);
-    }
+    sweep_setting try = {.object = parsed->base ? rf_policy_clone(parsed->base) : NULL};
+    rf_status st = try.object || !parsed->base ? RF_OK : no_memory(err);
+    for (int i = 0; i < a->values.num && st == RF_OK; i++) st = set_value(&try, a->option, a->values.values[i], err);
     if (st == RF_ERR_ARGUMENT)
         st = rf_fail_prefix(err, st, "--policy '%s', character %zu", parsed->spec, a->where.at + 1);
-    rf_policy_destroy(copy);
+    rf_policy_destroy(try.object);
     return st;
 }
 
@@ -314,9 +428,13 @@ static rf_status read_axis(parsed_spec *parsed, const piece *p, rf_error *err) {
     char name[64];
     snprintf(name, sizeof name, "%.*s", (int)name_len, text);
     const rf_policy_option *option = NULL;
-    for (int i = 0; i < parsed->def->num_options; i++) {
+    for (int i = 0; parsed->world && i < 2; i++) {
+        if ((i == CONTEXT || parsed->def) && strcmp(world_options[i].name, name) == 0) option = &world_options[i];
+    }
+    for (int i = 0; parsed->def && i < parsed->def->num_options; i++) {
         if (strcmp(parsed->def->options[i].name, name) == 0) option = &parsed->def->options[i];
     }
+    if (!option && !parsed->def) return bad(p, err, "`none` takes the option context");
     if (!option) { /* the policy's own message lists the valid ones */
         rf_status st = rf_policy_set_one(parsed->base, name, equals + 1, err);
         if (st == RF_OK) return bad(p, err, "expected an option of the policy");
@@ -332,19 +450,24 @@ static rf_status read_axis(parsed_spec *parsed, const piece *p, rf_error *err) {
     return st;
 }
 
-static rf_status parse_spec(parsed_spec *parsed, const char *spec, rf_error *err) {
+static rf_status parse_spec(parsed_spec *parsed, const char *spec, bool world, rf_error *err) {
     char name[64];
     size_t name_len = strcspn(spec, ":");
     memset(parsed, 0, sizeof *parsed);
     parsed->spec = spec;
+    parsed->world = world;
     piece whole = {spec, 0, name_len};
     if (name_len == 0 || name_len >= sizeof name) return bad(&whole, err, "expected the name of a policy");
     memcpy(name, spec, name_len);
     name[name_len] = 0;
-    rf_status st = rf_policy_create(&parsed->base, name, err);
-    if (st != RF_OK) return rf_fail_prefix(err, st, "--policy '%s'", spec);
-    parsed->def = rf_policy_get_def(parsed->base);
-    parsed->axes = rf_alloc_zero(RF_POLICY_MAX_OPTIONS, sizeof *parsed->axes);
+    rf_status st = RF_OK;
+    if (!world || strcmp(name, SWEEP_UNCACHED) != 0) {
+        st = rf_policy_create(&parsed->base, name, err);
+        if (st != RF_OK) return rf_fail_prefix(err, st, "--policy '%s'", spec);
+        parsed->def = rf_policy_get_def(parsed->base);
+    }
+    parsed->name = parsed->def ? parsed->def->name : SWEEP_UNCACHED;
+    parsed->axes = rf_alloc_zero(MAX_AXES, sizeof *parsed->axes);
     if (!parsed->axes) st = no_memory(err);
     for (size_t at = name_len + 1; st == RF_OK && spec[name_len] == ':';) {
         piece p = {spec, at, strcspn(spec + at, ";")};
@@ -361,13 +484,13 @@ static rf_status parse_spec(parsed_spec *parsed, const char *spec, rf_error *err
 static rf_status add_combination(sweep_plan *plan, const parsed_spec *parsed, const int *at, rf_error *err) {
     char options[2048];
     size_t used = 0;
-    rf_policy *object = rf_policy_clone(parsed->base);
-    rf_status st = object ? RF_OK : no_memory(err);
+    sweep_setting s = {.object = parsed->base ? rf_policy_clone(parsed->base) : NULL, .context = SWEEP_CONTEXT_GIVEN};
+    rf_status st = s.object || !parsed->base ? RF_OK : no_memory(err);
     options[0] = 0;
     for (int i = 0; i < parsed->num_axes && st == RF_OK; i++) {
         const axis *a = &parsed->axes[i];
         const char *value = a->values.values[at[i]];
-        st = rf_policy_set_one(object, a->option->name, value, err);
+        st = set_value(&s, a->option, value, err);
         int len = snprintf(options + used, sizeof options - used, "%s%s=%s", used ? ";" : "", a->option->name, value);
         if (len < 0 || (size_t)len >= sizeof options - used) {
             if (st == RF_OK) st = rf_fail(err, RF_ERR_ARGUMENT, "--policy '%.100s...': too long", parsed->spec);
@@ -376,14 +499,14 @@ static rf_status add_combination(sweep_plan *plan, const parsed_spec *parsed, co
         }
     }
     if (st != RF_OK) {
-        rf_policy_destroy(object);
+        rf_policy_destroy(s.object);
         return st;
     }
-    return append(plan, parsed->def->name, options, object, NULL, 0, err);
+    return append(plan, s, parsed->name, options, err);
 }
 
 static rf_status add_product(sweep_plan *plan, const parsed_spec *parsed, rf_error *err) {
-    int at[RF_POLICY_MAX_OPTIONS] = {0};
+    int at[MAX_AXES] = {0};
     for (;;) {
         rf_status st = add_combination(plan, parsed, at, err);
         if (st != RF_OK) return st;
@@ -393,28 +516,32 @@ static rf_status add_product(sweep_plan *plan, const parsed_spec *parsed, rf_err
     }
 }
 
-rf_status sweep_plan_add(sweep_plan *plan, const char *spec, rf_error *err) {
-    if (strcmp(spec, "all") == 0) {
-        for (int i = 0; sweep_builtin_spec(i); i++) {
-            rf_status st = sweep_plan_add(plan, sweep_builtin_spec(i), err);
-            if (st != RF_OK) return st;
-        }
-        return RF_OK;
-    }
+static rf_status add_spec(sweep_plan *plan, const char *spec, bool world, rf_error *err) {
     parsed_spec parsed;
-    rf_status st = parse_spec(&parsed, spec, err);
+    rf_status st = parse_spec(&parsed, spec, world, err);
     if (st != RF_OK) return st;
     st = add_product(plan, &parsed, err);
     free_parsed(&parsed);
     return st;
 }
 
+rf_status sweep_plan_add(sweep_plan *plan, const char *spec, rf_error *err) {
+    if (strcmp(spec, "all") != 0) return add_spec(plan, spec, false, err);
+    for (int i = 0; sweep_builtin_spec(i); i++) RF_TRY(add_spec(plan, sweep_builtin_spec(i), false, err));
+    return RF_OK;
+}
+
+rf_status sweep_plan_add_world(sweep_plan *plan, const char *spec, bool slides, rf_error *err) {
+    if (strcmp(spec, "all") != 0) return add_spec(plan, spec, true, err);
+    for (int i = 0; sweep_builtin_world_spec(i, slides); i++)
+        RF_TRY(add_spec(plan, sweep_builtin_world_spec(i, slides), true, err));
+    return RF_OK;
+}
+
 /* --- the control -------------------------------------------------------------------------------------------------- */
 
 static rf_status append_steps(sweep_plan *plan, int steps, rf_error *err) {
-    char key[32];
-    snprintf(key, sizeof key, "steps:%d", steps);
-    return append(plan, "steps", "", NULL, key, steps, err);
+    return append(plan, (sweep_setting){.num_steps = steps, .context = SWEEP_CONTEXT_GIVEN}, "steps", "", err);
 }
 
 rf_status sweep_plan_add_steps(sweep_plan *plan, const char *text, int num_steps, rf_error *err) {
@@ -451,14 +578,14 @@ rf_status sweep_plan_add_value(sweep_plan *plan, const sweep_setting *fixed, con
         snprintf(options, sizeof options, "%s%s%s=%s", fixed->options, fixed->options[0] ? ";" : "", option, value);
     if (len < 0 || (size_t)len >= sizeof options)
         return rf_fail(err, RF_ERR_ARGUMENT, "--policy '%.100s...': too long", fixed->options);
-    rf_policy *object = rf_policy_clone(fixed->object);
-    if (!object) return no_memory(err);
-    rf_status st = rf_policy_set_one(object, option, value, err);
+    sweep_setting s = {.object = rf_policy_clone(fixed->object), .carry = fixed->carry, .context = fixed->context};
+    if (!s.object) return no_memory(err);
+    rf_status st = rf_policy_set_one(s.object, option, value, err);
     if (st != RF_OK) {
-        rf_policy_destroy(object);
+        rf_policy_destroy(s.object);
         return st;
     }
-    return append(plan, fixed->policy, options, object, NULL, 0, err);
+    return append(plan, s, fixed->policy, options, err);
 }
 
 /* The spec's own range, from mild to aggressive as the built-in one runs (an option without one: as written). */
@@ -498,14 +625,18 @@ static rf_status with_counts(const char *spec, char **out, rf_error *err) {
     return RF_OK;
 }
 
-rf_status sweep_plan_search(const char *spec, sweep_plan *fixed, sweep_range *range, rf_error *err) {
+rf_status sweep_plan_search(const char *spec, bool world, sweep_plan *fixed, sweep_range *range, rf_error *err) {
     parsed_spec parsed = {0};
     char *text = NULL;
     int ranged = -1;
     if (strcmp(spec, "all") == 0)
         return rf_fail(err, RF_ERR_ARGUMENT, "--policy all: a search with --target-... turns one option of one policy");
     rf_status st = with_counts(spec, &text, err);
-    if (st == RF_OK) st = parse_spec(&parsed, text, err);
+    if (st == RF_OK) st = parse_spec(&parsed, text, world, err);
+    if (st == RF_OK && !parsed.def) {
+        free_parsed(&parsed);
+        st = rf_fail(err, RF_ERR_ARGUMENT, "--policy '%s': a search turns an option of a policy", spec);
+    }
     if (st != RF_OK) {
         rf_free(text);
         return st;

@@ -9,14 +9,16 @@
 
 #include "samples/refrain/sweep_store.h"
 
-typedef enum { SWEEP_PSNR = 0, SWEEP_SSIM, SWEEP_LATENT, SWEEP_NUM_METRICS } sweep_metric;
-double sweep_metric_of(const sweep_row *row, sweep_metric metric); /* the mean over pictures */
+typedef enum { SWEEP_PSNR = 0, SWEEP_SSIM, SWEEP_LATENT, SWEEP_KEPT, SWEEP_NUM_METRICS } sweep_metric;
+double sweep_metric_of(const sweep_row *row, sweep_metric metric); /* the mean over pictures; KEPT in % */
 
 bool sweep_is_control(const sweep_row *row);
+bool sweep_is_uncached(
+    const sweep_row *row); /* `none`: the uncached run itself, or with its context treated otherwise */
 bool sweep_is_measured(const sweep_row *row); /* neither refused nor without numbers */
 
 typedef enum {
-    SWEEP_VERDICT_NONE = 0, /* refused, or the control itself */
+    SWEEP_VERDICT_NONE = 0, /* refused, or no policy */
     SWEEP_VERDICT_ABOVE,
     SWEEP_VERDICT_BELOW,
     SWEEP_VERDICT_OPEN /* outside the speeds of the control, and not to be decided from there */
@@ -27,6 +29,9 @@ typedef struct {
     char text[96];
 } sweep_verdict;
 sweep_verdict sweep_judge(const sweep_store *store, const sweep_row *row);
+
+/* "fora:interval=3", "no cache, 20 steps": for people. */
+void sweep_row_name(const sweep_row *row, char *out, size_t room);
 
 /* Is row on the front: no measured policy is both faster and better. */
 bool sweep_on_front(const sweep_store *store, const sweep_row *row, sweep_metric metric);

@@ -32,33 +32,65 @@ typedef struct {
     const char *name;
     column_type type;
     size_t offset;
+    bool world; /* only there */
 } column;
 
 #define TEXT_COLUMN(field)                                                                                             \
-    { #field, TEXT, offsetof(sweep_row, field) }
+    { #field, TEXT, offsetof(sweep_row, field), false }
 #define NUMBER_COLUMN(field)                                                                                           \
-    { #field, NUMBER, offsetof(sweep_row, field) }
+    { #field, NUMBER, offsetof(sweep_row, field), false }
 #define NUMBERS_COLUMN(field)                                                                                          \
-    { #field, TEXT_NUMBERS, offsetof(sweep_row, field) }
+    { #field, TEXT_NUMBERS, offsetof(sweep_row, field), false }
+#define WORLD_COLUMN(field)                                                                                            \
+    { #field, NUMBER, offsetof(sweep_row, field), true }
 
 static const column columns[] = {
-    TEXT_COLUMN(policy),          TEXT_COLUMN(options),
-    TEXT_COLUMN(status),          NUMBER_COLUMN(steps),
-    NUMBER_COLUMN(speedup),       NUMBER_COLUMN(psnr_mean),
-    NUMBER_COLUMN(psnr_median),   NUMBER_COLUMN(psnr_worst),
-    NUMBER_COLUMN(ssim_mean),     NUMBER_COLUMN(ssim_median),
-    NUMBER_COLUMN(ssim_worst),    NUMBER_COLUMN(latent_mean),
-    NUMBER_COLUMN(latent_median), NUMBER_COLUMN(latent_worst),
-    NUMBER_COLUMN(max_abs),       NUMBER_COLUMN(loop_ms),
-    NUMBER_COLUMN(loop_min_ms),   NUMBER_COLUMN(loop_max_ms),
-    NUMBER_COLUMN(repeats),       NUMBER_COLUMN(base_ms),
-    NUMBER_COLUMN(share_steps),   NUMBER_COLUMN(share_blocks),
-    NUMBER_COLUMN(share_rows),    NUMBER_COLUMN(steps_full),
-    NUMBER_COLUMN(steps_partial), NUMBER_COLUMN(steps_skipped),
-    NUMBER_COLUMN(cache_bytes),   NUMBER_COLUMN(decide_ms),
-    NUMBERS_COLUMN(psnr_each),    NUMBERS_COLUMN(ssim_each),
-    NUMBERS_COLUMN(latent_each),  TEXT_COLUMN(kinds),
-    TEXT_COLUMN(reason),          TEXT_COLUMN(key),
+    TEXT_COLUMN(policy),
+    TEXT_COLUMN(options),
+    TEXT_COLUMN(status),
+    NUMBER_COLUMN(steps),
+    NUMBER_COLUMN(speedup),
+    WORLD_COLUMN(plain_speedup),
+    WORLD_COLUMN(frames_per_s),
+    WORLD_COLUMN(kept),
+    WORLD_COLUMN(frame_denoise_ms),
+    WORLD_COLUMN(frame_context_ms),
+    WORLD_COLUMN(frame_decode_ms),
+    NUMBER_COLUMN(psnr_mean),
+    NUMBER_COLUMN(psnr_median),
+    NUMBER_COLUMN(psnr_worst),
+    NUMBER_COLUMN(ssim_mean),
+    NUMBER_COLUMN(ssim_median),
+    NUMBER_COLUMN(ssim_worst),
+    NUMBER_COLUMN(latent_mean),
+    NUMBER_COLUMN(latent_median),
+    NUMBER_COLUMN(latent_worst),
+    NUMBER_COLUMN(max_abs),
+    NUMBER_COLUMN(loop_ms),
+    NUMBER_COLUMN(loop_min_ms),
+    NUMBER_COLUMN(loop_max_ms),
+    NUMBER_COLUMN(repeats),
+    NUMBER_COLUMN(base_ms),
+    NUMBER_COLUMN(share_steps),
+    NUMBER_COLUMN(share_blocks),
+    NUMBER_COLUMN(share_rows),
+    NUMBER_COLUMN(steps_full),
+    NUMBER_COLUMN(steps_partial),
+    NUMBER_COLUMN(steps_skipped),
+    NUMBER_COLUMN(cache_bytes),
+    NUMBER_COLUMN(decide_ms),
+    NUMBERS_COLUMN(psnr_each),
+    NUMBERS_COLUMN(ssim_each),
+    WORLD_COLUMN(worst_frame),
+    WORLD_COLUMN(first_under_30),
+    WORLD_COLUMN(sim_psnr),
+    WORLD_COLUMN(frame_forwards),
+    WORLD_COLUMN(arena_bytes),
+    {"sim_each", TEXT_NUMBERS, offsetof(sweep_row, sim_each), true},
+    NUMBERS_COLUMN(latent_each),
+    TEXT_COLUMN(kinds),
+    TEXT_COLUMN(reason),
+    TEXT_COLUMN(key),
 };
 #define NUM_COLUMNS (sizeof columns / sizeof columns[0])
 
@@ -67,6 +99,7 @@ typedef struct {
 } baseline;
 
 struct sweep_store {
+    bool is_world;
     char *folder;
     int lock;
     sweep_pin *pins;
@@ -159,8 +192,20 @@ static void put_text(buffer *b, const char *text) {
 
 /* --- CSV ---------------------------------------------------------------------------------------------------------- */
 
-static void put_header(buffer *b) {
+/* A table of pictures has not the columns of worlds. */
+static bool has_column(const sweep_store *store, size_t c) {
+    return store->is_world || !columns[c].world;
+}
+
+static size_t num_columns(const sweep_store *store) {
+    size_t num = 0;
+    for (size_t c = 0; c < NUM_COLUMNS; c++) num += has_column(store, c);
+    return num;
+}
+
+static void put_header(buffer *b, const sweep_store *store) {
     for (size_t c = 0; c < NUM_COLUMNS; c++) {
+        if (!has_column(store, c)) continue;
         if (c) put_text(b, ",");
         put_text(b, columns[c].name);
     }
@@ -179,9 +224,10 @@ static void put_field(buffer *b, const char *text) {
     if (quote) put_text(b, "\"");
 }
 
-static void put_row(buffer *b, const sweep_row *row) {
+static void put_row(buffer *b, const sweep_store *store, const sweep_row *row) {
     for (size_t c = 0; c < NUM_COLUMNS; c++) {
         char number[40];
+        if (!has_column(store, c)) continue;
         if (c) put_text(b, ",");
         if (columns[c].type != NUMBER) {
             put_field(b, *text_of(row, c));
@@ -214,16 +260,24 @@ static char *next_field(char **at) {
     return p;
 }
 
-static rf_status read_row(char *line, const char *folder, int line_number, sweep_row *row, rf_error *err) {
+static rf_status read_row(char *line, const sweep_store *store, int line_number, sweep_row *row, rf_error *err) {
+    const char *folder = store->folder;
     char *at = line;
     memset(row, 0, sizeof *row);
     sweep_row_clear(row);
     for (size_t c = 0; c < NUM_COLUMNS; c++) {
+        if (!has_column(store, c)) {
+            if (columns[c].type == NUMBER) continue;
+            *text_of(row, c) = rf_strdup("");
+            if (*text_of(row, c)) continue;
+            sweep_row_clear(row);
+            return no_memory(err);
+        }
         char *field = next_field(&at), *end = NULL;
         if (!field || (c + 1 == NUM_COLUMNS && at)) {
             sweep_row_clear(row);
             return rf_fail(err, RF_ERR_FORMAT, "%s/results.csv: line %d: expected %zu fields, found %s", folder,
-                           line_number, NUM_COLUMNS, field ? "more" : "fewer or a quote that does not close");
+                           line_number, num_columns(store), field ? "more" : "fewer or a quote that does not close");
         }
         if (columns[c].type != NUMBER) {
             *text_of(row, c) = rf_strdup(field);
@@ -304,8 +358,8 @@ static rf_status write_file(const char *folder, const char *name, const buffer *
 
 static rf_status rewrite_results(const sweep_store *store, rf_error *err) {
     buffer b = {0};
-    put_header(&b);
-    for (int i = 0; i < store->num; i++) put_row(&b, &store->rows[i]);
+    put_header(&b, store);
+    for (int i = 0; i < store->num; i++) put_row(&b, store, &store->rows[i]);
     rf_status st = write_file(store->folder, "results.csv", &b, err);
     rf_free(b.text);
     return st;
@@ -333,7 +387,7 @@ static rf_status load_results(sweep_store *store, rf_error *err) {
     size_t len = 0;
     bool changed = false;
     buffer header = {0};
-    put_header(&header);
+    put_header(&header, store);
     rf_status st = header.failed ? no_memory(err) : read_lines(store, "results.csv", &text, &len, &changed, err);
     if (st == RF_OK && (!text || len == 0)) {
         st = rewrite_results(store, err);
@@ -346,7 +400,7 @@ static rf_status load_results(sweep_store *store, rf_error *err) {
             sweep_row row;
             char *end = strchr(line, '\n');
             *end = 0;
-            st = read_row(line, store->folder, line_number, &row, err);
+            st = read_row(line, store, line_number, &row, err);
             if (st == RF_OK && sweep_store_find(store, row.key) >= 0) {
                 sweep_row_clear(&row);
                 changed = true;
@@ -483,6 +537,7 @@ rf_status sweep_store_open(sweep_store **out, const char *folder, const sweep_pi
         store->pins[i] = (sweep_pin){pins[i].name, rf_strdup(pins[i].value)};
         store->num_pins = i + 1;
         if (!store->pins[i].value) st = no_memory(err);
+        if (strcmp(pins[i].name, "frames") == 0) store->is_world = true;
     }
     if (st == RF_OK && folder) {
         store->folder = rf_strdup(folder);
@@ -513,6 +568,10 @@ void sweep_store_close(sweep_store *store) {
     rf_free(store->pins);
     rf_free(store->folder);
     rf_free(store);
+}
+
+bool sweep_store_is_world(const sweep_store *store) {
+    return store->is_world;
 }
 
 const char *sweep_store_folder(const sweep_store *store) {
@@ -560,7 +619,7 @@ rf_status sweep_store_add(sweep_store *store, sweep_row *row, rf_error *err) {
     }
     if (st == RF_OK && store->folder) {
         buffer b = {0};
-        put_row(&b, row);
+        put_row(&b, store, row);
         st = append_file(store, "results.csv", &b, err);
         rf_free(b.text);
     }
@@ -603,9 +662,10 @@ static void add_numbers(cJSON *object, const char *name, const char *text) {
     }
 }
 
-static cJSON *row_json(const sweep_row *row) {
+static cJSON *row_json(const sweep_store *store, const sweep_row *row) {
     cJSON *o = cJSON_CreateObject();
     for (size_t c = 0; c < NUM_COLUMNS; c++) {
+        if (!has_column(store, c)) continue;
         if (columns[c].type == NUMBER) {
             add_number(o, columns[c].name, *number_of(row, c));
         } else if (columns[c].type == TEXT) {
@@ -621,12 +681,12 @@ rf_status sweep_store_json(const sweep_store *store, int found, char **out, rf_e
     *out = NULL;
     cJSON *root = cJSON_CreateObject();
     add_pins(root, store);
-    if (found >= 0) cJSON_AddItemToObject(root, "found", row_json(&store->rows[found]));
+    if (found >= 0) cJSON_AddItemToObject(root, "found", row_json(store, &store->rows[found]));
     cJSON *baselines = cJSON_AddArrayToObject(root, "baseline_ms");
     for (int i = 0; i < store->num_baselines; i++)
         cJSON_AddItemToArray(baselines, cJSON_CreateNumber(store->baselines[i].ms));
     cJSON *rows = cJSON_AddArrayToObject(root, "results");
-    for (int i = 0; i < store->num; i++) cJSON_AddItemToArray(rows, row_json(&store->rows[i]));
+    for (int i = 0; i < store->num; i++) cJSON_AddItemToArray(rows, row_json(store, &store->rows[i]));
     char *text = cJSON_Print(root);
     cJSON_Delete(root);
     *out = text ? rf_strdup(text) : NULL;

@@ -8,6 +8,8 @@
  *   results.json     the same as the CSV files, rewritten as a whole under another name and renamed
  *   pictures/        PNGs that the report shows
  *
+ * Of a world the pictures are frames, all new ones of a walk after the other, and a line has more columns.
+ *
  * A folder made with other pins is refused with what differs. Without a folder everything lives in memory. */
 #ifndef REFRAIN_SWEEP_STORE_H
 #define REFRAIN_SWEEP_STORE_H
@@ -40,14 +42,27 @@ typedef struct {
     double latent_mean, latent_median, latent_worst; /* relative L2 of the final latent */
     char *psnr_each, *ssim_each, *latent_each;       /* per picture, spaces between */
     char *kinds;                                     /* steps of picture 0: F full, P partial, s skipped */
+
+    /* Worlds; a "loop" is all walks without decoding. */
+    double plain_speedup; /* against the uncached run that computes its context in every step */
+    double frame_denoise_ms, frame_context_ms, frame_decode_ms; /* of a new frame, means */
+    double frames_per_s;                                        /* with decoding */
+    double worst_frame, first_under_30; /* frame numbers, the prompt is 0; over all walks; NaN = never under 30 dB */
+    double sim_psnr;                    /* to the simulator's frames, mean */
+    double kept;                        /* that of the uncached run = 1 */
+    double frame_forwards;              /* of one walk: frames through the transformer */
+    double arena_bytes;
+    char *sim_each; /* sim_psnr by frame, as psnr_each */
 } sweep_row;
 
 void sweep_row_clear(sweep_row *row); /* frees texts, numbers become NaN */
 
 typedef struct sweep_store sweep_store;
 
-/* folder NULL: memory only. pins are copied. Makes the folder, locks it, reads what is there. */
+/* folder NULL: memory only. pins are copied; one named "frames" makes it a store of a world. Makes the folder, locks it, reads
+ * what is there. */
 rf_status sweep_store_open(sweep_store **out, const char *folder, const sweep_pin *pins, int num_pins, rf_error *err);
+bool sweep_store_is_world(const sweep_store *store);
 void sweep_store_close(sweep_store *store);               /* NULL is a no-op; does not write */
 const char *sweep_store_folder(const sweep_store *store); /* NULL = memory */
 

@@ -1,6 +1,6 @@
 /* tests/bench/bench_kernels.c - times operators on a backend. Not a test: nothing gates on it.
  *
- *   bench_kernels [--device cpu|cuda|cuda:N] [--dtype f32|bf16] [--what gemm|attention|norm|conv|layer|all|gemm-tiles]
+ *   bench_kernels [--device cpu|cuda|cuda:N] [--dtype f32|bf16] [--what gemm|attention|norm|conv|layer|all|gemm-tiles|gemm-skinny]
  *                 [-t threads] [-r repeats] [-o md|jsonl]
  *
  * CUDA  at least 20 calls are captured in one graph; a GEMM's calls rotate over copies of its weights that together pass
@@ -10,12 +10,16 @@
  * Floor the larger of FLOP / 722 TFLOP/s and bytes / 2985 GB/s: a large GEMM's rate and a copy's rate on an H100 80 GB.
  *       Bytes count each operand once. Shown for CUDA only.
  * gemm-tiles (not part of all): the layers of DiT-XL/2 with the operator and with every tile of the own Hopper GEMM, one
- *       row a shape, microseconds; 10 calls or once over all weights a graph, 7 replays. */
+ *       row a shape, microseconds; 10 calls or once over all weights a graph, 7 replays.
+ * gemm-skinny (not part of all): the layers of a world model's frame at several rows with cuBLASLt's first choice (first),
+ *       the tuned operator and every config of the own kernel for few rows, weights constant; then 12 layers of qkv, out, fc1
+ *       and fc2, each reading what the one before wrote. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
 
+#include "kernels/gemm_skinny.h"
 #include "kernels/gemm_wgmma.h"
 #include "kernels/ops.h"
 
@@ -46,7 +50,8 @@ struct bench {
     /* the item being timed */
     int copies;
     rf_gemm_args gemm[MAX_COPIES];
-    int gemm_config; /* of call_gemm_tile */
+    int gemm_config;      /* of call_gemm_tile, call_gemm_skinny */
+    int layer_configs[4]; /* of call_skinny_layers; -1: the operator */
     rf_attention_args attention;
     rf_norm_args norm;
     rf_residual_args residual;
@@ -333,10 +338,177 @@ static void bench_gemm_tiles(bench *b) {
     fprintf(stderr, "gemm-tiles: done\n");
 }
 
+/* ---- every config of the own GEMM for few rows ---- */
+
+static rf_status call_gemm_skinny(bench *b, int copy, rf_error *err) {
+    return rf_gemm_skinny_force(b->stream, &b->gemm[copy], b->gemm_config, err);
+}
+
+static rf_status call_skinny_layers(bench *b, int copy, rf_error *err) {
+    rf_status st = RF_OK;
+    for (int i = 0; i < 4 && st == RF_OK; i++) {
+        const rf_gemm_args *g = &b->gemm[4 * copy + i];
+        st = b->layer_configs[i] < 0 ? b->ops->gemm(b->stream, g, err)
+                                     : rf_gemm_skinny_force(b->stream, g, b->layer_configs[i], err);
+    }
+    return st;
+}
+
+#define SKINNY_LAYERS 12
+
+static const struct {
+    int64_t n, k;
+    rf_act act;
+} frame_layers[4] = {
+    {3072, 1024, RF_ACT_NONE}, {1024, 1024, RF_ACT_NONE}, {4096, 1024, RF_ACT_GELU_TANH}, {1024, 4096, RF_ACT_NONE}};
+
+/* Microseconds, or -1 with the reason on stderr. */
+static double skinny_us(bench *b, bench_call call, const char *name) {
+    rf_error err = {0};
+    double seconds = 0;
+    if (time_calls(b, call, &seconds, &err) == RF_OK) return seconds * 1e6;
+    fprintf(stderr, "%s: %s\n", name, err.message);
+    return -1.0;
+}
+
+/* With an empty table of plans: what another item tuned is not this one's first choice. */
+static void renew_stream(bench *b) {
+    rf_error err = {0};
+    rf_stream_destroy(b->stream);
+    b->stream = NULL;
+    if (rf_stream_create(&b->stream, b->backend, &err) != RF_OK) fail("stream", &err);
+}
+
+static void set_tuning(bench *b, bool tune) {
+    rf_error err = {0};
+    if (rf_gemm_set_tuning(b->stream, tune, &err) != RF_OK) fail("tuning", &err);
+}
+
+static void bench_skinny_shape(bench *b, int64_t m, int layer) {
+    int64_t n = frame_layers[layer].n, k = frame_layers[layer].k;
+    int copies = (int)(ROTATE_BYTES / (2.0 * (double)n * (double)k)) + 1;
+    char name[64];
+    snprintf(name, sizeof name, "%lldx%lldx%lld", (long long)m, (long long)n, (long long)k);
+    renew_stream(b);
+    b->copies = copies > MAX_COPIES ? MAX_COPIES : copies;
+    void *x = take_normal(b, b->dtype, m * k, 1), *bias = take_normal(b, b->dtype, n, 1);
+    void *y = take(b, (size_t)(m * n) * 2);
+    for (int c = 0; c < b->copies; c++) {
+        rf_gemm_args *g = &b->gemm[c];
+        *g = rf_gemm_args_default(b->dtype, m, n, k);
+        g->x = x;
+        g->w = take_normal(b, b->dtype, n * k, 0.02f);
+        g->bias = bias;
+        g->y = y;
+        g->act = frame_layers[layer].act;
+    }
+    rf_error err = {0};
+    if (rf_stream_synchronize(b->stream, &err) != RF_OK) fail("synchronize", &err);
+    set_tuning(b, false);
+    double first = skinny_us(b, call_gemm, name); /* w_is_constant is not set yet: cuBLASLt's */
+    set_tuning(b, true);
+    for (int c = 0; c < b->copies; c++) b->gemm[c].w_is_constant = true;
+    int chosen = rf_gemm_skinny_default(b->stream, &b->gemm[0]);
+    double operator_us = skinny_us(b, call_gemm, name);
+    if (b->jsonl)
+        printf("{\"name\":\"gemm %s\",\"device\":\"%s\",\"first_us\":%.3f,\"operator_us\":%.3f", name,
+               rf_backend_name(b->backend), first, operator_us);
+    else
+        printf("| %-13s | %5.2f | %5.2f | %-8s |", name, first, operator_us,
+               chosen < 0 ? "-" : rf_gemm_skinny_config_name(chosen));
+    for (int c = 0; c < rf_gemm_skinny_num_configs(); c++) {
+        int resident = 0, clusters = 0;
+        b->gemm_config = c;
+        bool taken = rf_gemm_skinny_residency(b->stream, &b->gemm[0], c, &resident, &clusters, &err) == RF_OK;
+        double us = taken ? skinny_us(b, call_gemm_skinny, rf_gemm_skinny_config_name(c)) : -1.0;
+        if (b->jsonl && taken)
+            printf(",\"%s\":%.3f", rf_gemm_skinny_config_name(c), us);
+        else if (!b->jsonl && taken) /* !: more clusters than the card holds at once */
+            printf(" %6.2f%c |", us, clusters > resident ? '!' : ' ');
+        else if (!b->jsonl)
+            printf("       - |");
+        fflush(stdout);
+    }
+    printf(b->jsonl ? "}\n" : "\n");
+    fflush(stdout);
+    release(b);
+}
+
+static void bench_skinny_layers(bench *b, int64_t m) {
+    static const char *const names[] = {"cuBLASLt's first", "operator, tuned", "skinny, default",
+                                        "skinny, w not early"};
+    renew_stream(b);
+    void *bias = take_normal(b, b->dtype, 4096, 0.1f), *at[4];
+    for (int i = 0; i < 4; i++) at[i] = take(b, (size_t)(m * frame_layers[i].n) * 2);
+    b->copies = SKINNY_LAYERS;
+    for (int c = 0; c < SKINNY_LAYERS * 4; c++) {
+        int i = c % 4;
+        rf_gemm_args *g = &b->gemm[c];
+        *g = rf_gemm_args_default(b->dtype, m, frame_layers[i].n, frame_layers[i].k);
+        g->x = at[(i + 3) % 4];
+        if (i == 1) g->ldx = 3072; /* the first third of qkv in place of what attention makes of it */
+        g->w = take_normal(b, b->dtype, g->n * g->k, 0.03f);
+        g->bias = bias;
+        g->y = at[i];
+        g->act = frame_layers[i].act;
+    }
+    rf_error err = {0};
+    if (rf_stream_synchronize(b->stream, &err) != RF_OK) fail("synchronize", &err);
+    for (int v = 0; v < 4; v++) {
+        bool taken = true;
+        for (int i = 0; i < 4; i++) {
+            b->gemm[i].w_is_constant = true;
+            b->layer_configs[i] = v < 2 ? -1 : rf_gemm_skinny_default(b->stream, &b->gemm[i]);
+            taken = taken && (v < 2 || b->layer_configs[i] >= 0);
+        }
+        for (int c = 0; c < SKINNY_LAYERS * 4; c++) b->gemm[c].w_is_constant = v == 1 || v == 2;
+        if (!taken) continue;
+        set_tuning(b, v == 1);
+        double us = skinny_us(b, call_skinny_layers, names[v]);
+        if (b->jsonl)
+            printf("{\"name\":\"gemm chain m %lld, %s\",\"device\":\"%s\",\"layer_us\":%.3f}\n", (long long)m, names[v],
+                   rf_backend_name(b->backend), us);
+        else
+            printf("chain of 4 GEMMs a layer, m %lld, %s: %.2f us a layer, %.2f us a GEMM\n", (long long)m, names[v],
+                   us, us / 4);
+        fflush(stdout);
+    }
+    release(b);
+}
+
+static void bench_gemm_skinny(bench *b) {
+    static const int64_t rows[] = {144, 16, 32, 64, 96, 160, 192, 288};
+    const int repeats = b->repeats, min_calls = b->min_calls;
+    if (!b->cuda || b->dtype != RF_DTYPE_BF16) {
+        fprintf(stderr, "gemm-skinny: CUDA and bf16 only\n");
+        return;
+    }
+    for (int i = 0; i < 2; i++) bench_skinny_layers(b, rows[i]);
+    b->repeats = 7;
+    b->min_calls = 10;
+    if (!b->jsonl) {
+        printf("| %-13s | first | tuned | default  |", "gemm, us");
+        for (int c = 0; c < rf_gemm_skinny_num_configs(); c++) printf("%8s |", rf_gemm_skinny_config_name(c));
+        printf("\n|---------------|------:|------:|----------|");
+        for (int c = 0; c < rf_gemm_skinny_num_configs(); c++) printf("--------:|");
+        printf("\n");
+    }
+    for (size_t r = 0; r < sizeof rows / sizeof rows[0]; r++)
+        for (int layer = 0; layer < 4; layer++) bench_skinny_shape(b, rows[r], layer);
+    set_tuning(b, true);
+    b->repeats = repeats;
+    b->min_calls = min_calls;
+    fprintf(stderr, "gemm-skinny: done\n");
+}
+
 #else
 
 static void bench_gemm_tiles(bench *b) {
     fprintf(stderr, "gemm-tiles: this build has no CUDA\n");
+}
+
+static void bench_gemm_skinny(bench *b) {
+    fprintf(stderr, "gemm-skinny: this build has no CUDA\n");
 }
 
 #endif
@@ -601,7 +773,7 @@ static int usage(const char *why) {
     fprintf(stderr,
             "bench_kernels: %s\n"
             "usage: bench_kernels [--device cpu|cuda|cuda:N] [--dtype f32|bf16] [--what "
-            "gemm|attention|norm|conv|layer|all|gemm-tiles]\n"
+            "gemm|attention|norm|conv|layer|all|gemm-tiles|gemm-skinny]\n"
             "                     [-t threads] [-r repeats] [-o md|jsonl]\n",
             why);
     return 2;
@@ -633,8 +805,13 @@ int main(int argc, char **argv) {
     static const struct {
         const char *name;
         void (*run)(bench *);
-    } groups[] = {{"gemm", bench_gemm},   {"attention", bench_attention},  {"norm", bench_norm}, {"conv", bench_conv},
-                  {"layer", bench_layer}, {"gemm-tiles", bench_gemm_tiles}}; /* the last one only by its name */
+    } groups[] = {{"gemm", bench_gemm},
+                  {"attention", bench_attention},
+                  {"norm", bench_norm},
+                  {"conv", bench_conv},
+                  {"layer", bench_layer},
+                  {"gemm-tiles", bench_gemm_tiles}, /* this and the next only by their names */
+                  {"gemm-skinny", bench_gemm_skinny}};
     const size_t num_groups = sizeof groups / sizeof groups[0];
     bool known = strcmp(what, "all") == 0;
     for (size_t i = 0; i < num_groups; i++) known |= strcmp(what, groups[i].name) == 0;
@@ -652,7 +829,7 @@ int main(int argc, char **argv) {
     fprintf(stderr, "%s: %s, %d threads, %s\n", rf_backend_name(b.backend), rf_backend_description(b.backend),
             rf_backend_num_threads(b.backend), rf_dtype_name(b.dtype));
     for (size_t i = 0; i < num_groups; i++) {
-        if ((strcmp(what, "all") == 0 && i + 1 < num_groups) || strcmp(what, groups[i].name) == 0) groups[i].run(&b);
+        if ((strcmp(what, "all") == 0 && i + 2 < num_groups) || strcmp(what, groups[i].name) == 0) groups[i].run(&b);
     }
     rf_stream_destroy(b.stream);
     rf_backend_close(b.backend);

@@ -18,7 +18,7 @@
 typedef struct {
     float values[RF_SIGNAL_COUNT][2][4];
     int steps[RF_SIGNAL_COUNT];
-    float drift[2][RF_CACHE_MAX_HORIZON];
+    float drift[2 * RF_CACHE_MAX_STREAMS][RF_CACHE_MAX_HORIZON];
 } signal_set;
 
 /* ---- text that grows ---- */
@@ -61,6 +61,7 @@ static char *sign_layout(const rf_cache_layout *l) {
     }
     add(&g, "; parts %d %d %d %d; probe %d; signals %x; classes %d", l->part_depth[0], l->part_depth[1],
         l->part_depth[2], l->part_depth[3], l->probe_blocks, l->signals, l->num_classes);
+    if (l->part_depth[RF_CACHE_TEMPORAL]) add(&g, "; temporal %d", l->part_depth[RF_CACHE_TEMPORAL]);
     if (l->curvature.used) {
         add(&g, "; curvature %d %d %d %.9g %.9g %.9g %.9g %d:", l->curvature.timestep_gaps, l->curvature.pooled,
             l->curvature.mean_over_all, l->curvature.p_stable, l->curvature.p_chaotic, l->curvature.eps,
@@ -251,6 +252,7 @@ static void set_up_shape(sim_result *r, const sim_options *o) {
     s->stochastic = o->stochastic;
     s->force = o->force;
     s->num_steps = o->num_steps ? o->num_steps : 50;
+    s->num_streams = o->num_streams;
     s->branches = o->branches ? o->branches : 2;
     s->num_blocks = o->num_blocks ? o->num_blocks : 4;
     s->num_parts = o->num_parts ? o->num_parts : 2;
@@ -306,8 +308,10 @@ static void measure_set(const sim_result *r, const sim_options *o, signal_set *n
 static void measure_curvature(const sim_result *r, const sim_options *o, signal_set *now, int step) {
     if (!(r->layout.signals >> RF_SIGNAL_CURVATURE & 1)) return;
     memset(now->drift, 0, sizeof now->drift);
-    for (int b = 0; b < r->shape.branches; b++) {
-        if (o->drift) o->drift(o->user, step, b, now->drift[b], r->layout.curvature.horizon);
+    int streams = r->shape.num_streams > 1 ? r->shape.num_streams : 1;
+    for (int i = 0; i < 2 * streams; i++) {
+        if (o->drift && i % 2 < r->shape.branches)
+            o->drift(o->user, step, i, now->drift[i], r->layout.curvature.horizon);
     }
     now->steps[RF_SIGNAL_CURVATURE] = step;
 }
@@ -326,12 +330,18 @@ static void run_steps(sim_result *r, const sim_options *o) {
     void *state = need(calloc(1, def->state_bytes + 1));
     bool *filled = need(calloc(parts, sizeof *filled));
     int stored[RF_CACHE_MAX_TERMS] = {0}, num_stored = 0;
+    if (o->carried < 0) { /* one snapshot of everything */
+        stored[0] = o->carried;
+        num_stored = 1;
+        memset(filled, true, parts * sizeof *filled);
+    }
     signal_set *now = need(malloc(2 * sizeof *now)), *host = now + 1;
     for (int i = 0; i < RF_SIGNAL_COUNT; i++) {
         now->steps[i] = -1;
         for (int j = 0; j < 8; j++) now->values[i][j / 4][j % 4] = NAN;
     }
-    for (int i = 0; i < 2 * RF_CACHE_MAX_HORIZON; i++) now->drift[i % 2][i / 2] = NAN;
+    for (int i = 0; i < 2 * RF_CACHE_MAX_STREAMS * RF_CACHE_MAX_HORIZON; i++)
+        now->drift[i / RF_CACHE_MAX_HORIZON][i % RF_CACHE_MAX_HORIZON] = NAN;
     *host = *now;
 
     r->steps = need(calloc((size_t)r->num_steps, sizeof *r->steps));
@@ -347,6 +357,7 @@ static void run_steps(sim_result *r, const sim_options *o) {
             .force_full = o->force_full && o->force_full[step],
             .num_stored = num_stored,
             .stored = stored,
+            .carried = o->carried < 0,
             .signals = (const float(*)[2][4])host->values,
             .signal_steps = host->steps,
             .drift = (const float(*)[RF_CACHE_MAX_HORIZON])host->drift,
@@ -376,6 +387,7 @@ static void run_steps(sim_result *r, const sim_options *o) {
         at->signature = sign_plan(r, &at->plan);
         if (at->kind == RF_STEP_FULL) {
             r->num_full++;
+            if (num_stored > 0 && stored[0] < 0) num_stored = 0; /* what was carried goes */
             if (num_stored > 0) measure_set(r, o, now, step, REFRESH_SIGNALS);
             measure(r, o, now, step, RF_SIGNAL_OUTPUT_SIZE);
             memmove(stored + 1, stored, sizeof stored - sizeof stored[0]);

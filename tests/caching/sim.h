@@ -16,7 +16,7 @@
 
 /* out[branch][4], zeroed before; both branches must be filled. */
 typedef void (*sim_measure)(void *user, int step, rf_signal signal, float out[2][4]);
-/* e[0..horizon) of a branch, after a FULL step; zeroed before. */
+/* e[0..horizon) of a branch (stream * 2 + branch), after a FULL step; zeroed before. */
 typedef void (*sim_drift)(void *user, int step, int branch, float *e, int horizon);
 
 typedef struct {
@@ -32,7 +32,9 @@ typedef struct {
     const float *timesteps;     /* [num_steps] [1000 falling linearly, the last above 0] */
     const float *temb_change;   /* [num_steps] [0, then .1] */
     const char *calibration;    /* JSON [none] */
+    int num_streams;            /* [0] only their number counts here */
     bool stochastic, force;
+    int carried;         /* < 0: the run begins with a snapshot of the run before, at this step */
     sim_measure measure; /* [every rel1 is .1 in both branches] */
     sim_drift drift;     /* [0] */
     void *user;

@@ -18,6 +18,10 @@ static const char *const mine[] = {"worldcache", "fbcache", "dbcache", "deltacac
 static const uint8_t three_kinds[] = {RF_CACHE_SELF,  RF_CACHE_CROSS, RF_CACHE_MLP,   RF_CACHE_SELF,
                                       RF_CACHE_CROSS, RF_CACHE_MLP,   RF_CACHE_SELF,  RF_CACHE_CROSS,
                                       RF_CACHE_MLP,   RF_CACHE_SELF,  RF_CACHE_CROSS, RF_CACHE_MLP};
+static const uint8_t four_kinds[] = {RF_CACHE_SELF, RF_CACHE_MLP, RF_CACHE_TEMPORAL, RF_CACHE_MLP,
+                                     RF_CACHE_SELF, RF_CACHE_MLP, RF_CACHE_TEMPORAL, RF_CACHE_MLP,
+                                     RF_CACHE_SELF, RF_CACHE_MLP, RF_CACHE_TEMPORAL, RF_CACHE_MLP,
+                                     RF_CACHE_SELF, RF_CACHE_MLP, RF_CACHE_TEMPORAL, RF_CACHE_MLP};
 
 static sim_result run_with(sim_options options) {
     sim_result r;
@@ -913,6 +917,180 @@ START_TEST(pab_ranges) {
 }
 END_TEST
 
+/* Blocks of a space-time transformer: attention over frames is a part of its own. */
+START_TEST(temporal_parts) {
+    sim_options o = {.policy = "pab", .options = "lo=-1,hi=1001", .kinds = four_kinds, .num_parts = 4};
+    sim_result r = run_with(o);
+    ck_assert_int_eq(r.layout.part_depth[RF_CACHE_TEMPORAL], 1);
+    ck_assert_int_eq(r.layout.part_depth[RF_CACHE_MLP], 0);
+    for (int s = 1; s < ALL_STEPS; s++) {
+        ck_assert_int_eq(r.steps[s].kind, s % 4 ? RF_STEP_PARTIAL : RF_STEP_FULL);
+        for (int i = 0; i < 16 && s % 4; i++) {
+            bool reused = four_kinds[i] == RF_CACHE_TEMPORAL || (four_kinds[i] == RF_CACHE_SELF && s % 2);
+            ck_assert_int_eq(r.steps[s].plan.parts[i], reused ? RF_DO_PRODUCE : RF_DO_COMPUTE);
+        }
+    }
+    sim_free(&r);
+    o.options = "self=1,temporal=1,cross=1,mlp=1";
+    r = run_with(o);
+    ck_assert_int_eq(r.num_full, ALL_STEPS);
+    sim_free(&r);
+    static const char *const others[] = {"fora", "taylorseer", "hicache", "speca"};
+    const int depths[] = {1, 2, 3, 5};
+    for (int i = 0; i < 4; i++) {
+        r = run_with((sim_options){.policy = others[i], .kinds = four_kinds, .num_parts = 4});
+        ck_assert_int_eq(r.layout.part_depth[RF_CACHE_TEMPORAL], depths[i]);
+        sim_result plain = run(others[i], NULL);
+        for (int s = 0; s < ALL_STEPS; s++) {
+            ck_assert_int_eq(r.steps[s].kind, plain.steps[s].kind);
+            for (int p = 0; p < 16 && r.steps[s].kind == RF_STEP_SKIP; p++)
+                ck_assert_int_eq(r.steps[s].plan.parts[p], RF_DO_PRODUCE);
+        }
+        sim_free(&plain);
+        sim_free(&r);
+    }
+}
+END_TEST
+
+/* ---- carried ---- */
+
+static void noise(void *user, int step, rf_signal signal, float out[2][4]) {
+    for (int b = 0; b < 2; b++)
+        for (int k = 0; k < 4; k++) out[b][k] = (float)(1 + sim_noise(5, step, (int)signal, 4 * b + k));
+}
+
+/* FULL steps of a run that begins with a snapshot at -1 or -4, and what it predicts from. */
+START_TEST(runs_that_begin_with_a_snapshot) {
+    static const struct {
+        const char *policy, *options;
+        int from, full[6], num; /* of 10 steps, at rel1 .1 a step */
+    } list[] = {
+        {"interval", "interval=3", -1, {2, 5, 8, 9}, 4},
+        {"interval", "interval=3", -4, {0, 3, 6, 9}, 4},
+        {"interval", "interval=5,order=2,first=4,last=false", -1, {4, 9}, 2},
+        {"teacache", "threshold=.35", -1, {4, 8, 9}, 3}, /* step 0 adds nothing */
+        {"teacache", "threshold=.35,first=3", -1, {4, 8, 9}, 3},
+        {"easycache", "threshold=3.5,first=3", -1, {1, 2, 6, 9}, 4},
+        {"magcache", "table=flat:1,max_skips=3,retain=.5", -1, {3, 7}, 2},
+        {"adacache", "codebook=.2:4/1:1,first=5", -1, {1, 2, 6, 9}, 4},
+        {"worldcache", "max_skips=2,threshold=9", -1, {2, 3, 4, 7, 9}, 5},
+        {"worldcache", "max_skips=2,threshold=9", -4, {0, 1, 2, 5, 8, 9}, 6},
+        {"worldcache", "max_skips=5,threshold=9,warmup=6,skip=interval", -1, {5, 6, 7, 9}, 4},
+        {"fbcache", "threshold=.2,max_skips=3", -1, {3, 7}, 2},
+        {"fbcache", "threshold=.05", -1, {0, 1, 2, 3, 4, 5}, 6},
+        {"dbcache", "threshold=.2,max_continuous=3", -1, {3, 7}, 2},
+        {"dbcache", "threshold=1,max_cached=3", -1, {3, 4, 5, 6, 7, 8}, 6},
+        {"dbcache", "threshold=1,mask=1", -1, {0, 5}, 2},
+        {"deltacache", "interval=4", -1, {3, 7}, 2},
+        {"fora", "interval=4", -1, {1, 5, 9}, 3},
+        {"fora", "interval=4,count=up", -1, {0, 4, 8}, 3},
+        {"taylorseer", "interval=4", -1, {3, 7}, 2},
+        {"taylorseer", "interval=4", -4, {0, 4, 8}, 3},
+        {"hicache", "interval=4,mode=last", -1, {3, 7}, 2},
+        {"speca", "max=3,base=9", -1, {3, 7}, 2},
+    };
+    for (size_t i = 0; i < sizeof list / sizeof *list; i++) {
+        sim_options o = {
+            .policy = list[i].policy, .options = list[i].options, .num_steps = 10, .carried = list[i].from};
+        sim_result r = run_with(o);
+        int full[10], num = sim_full_steps(&r, full);
+        if (list[i].num < 6) {
+            sim_assert_full_list(&r, list[i].full, list[i].num);
+        } else {
+            ck_assert_int_ge(num, 6);
+            ck_assert_mem_eq(full, list[i].full, sizeof list[i].full);
+        }
+        for (int s = 0; s < num; s++) {
+            const rf_step_plan *p = &r.steps[s].plan;
+            if (s >= full[0]) break;
+            ck_assert_int_eq(p->num_terms, 1); /* one snapshot has no slope */
+            ck_assert_float_eq(p->weights[0][0], 1);
+            ck_assert_int_eq(p->horizon, s - list[i].from);
+        }
+        sim_free(&r);
+        /* what reading back more often would tell, and the guard */
+        bool force_full[10] = {true};
+        o.measure = noise;
+        r = run_with(o);
+        o.read_always = true;
+        sim_result always = run_with(o);
+        ck_assert_msg(sim_same(&r, &always), "%s", list[i].policy);
+        sim_free(&always);
+        sim_free(&r);
+        o.force_full = force_full;
+        r = run_with(o);
+        ck_assert_int_eq(r.steps[0].kind, RF_STEP_FULL);
+        sim_free(&r);
+    }
+    for (int i = 0; i < rf_policy_count(); i++) { /* every one that carries is in the list */
+        bool there = false;
+        for (size_t k = 0; k < sizeof list / sizeof *list; k++)
+            there |= strcmp(list[k].policy, rf_policy_at(i)->name) == 0;
+        ck_assert_msg(there == rf_policy_at(i)->carries, "%s", rf_policy_at(i)->name);
+    }
+}
+END_TEST
+
+/* Derivatives begin with the second FULL step of the run itself. */
+START_TEST(no_slope_across_runs) {
+    static const char *const list[][2] = {{"taylorseer", "interval=3,order=2"},
+                                          {"hicache", "interval=3,order=2"},
+                                          {"speca", "max=2,base=9"},
+                                          {"interval", "interval=3,order=2"},
+                                          {"interval", "interval=3,order=2,predictor=newton"},
+                                          {"dbcache", "threshold=1,calibrator=taylor,order=2,max_continuous=2"}};
+    for (int i = 0; i < 6; i++) {
+        sim_result r =
+            run_with((sim_options){.policy = list[i][0], .options = list[i][1], .num_steps = 12, .carried = -1});
+        for (int s = 0; s < 11; s++) ck_assert_int_eq(r.steps[s].plan.num_terms, s < 6 ? 1 : s < 9 ? 2 : 3);
+        sim_free(&r);
+    }
+}
+END_TEST
+
+/* ---- streams ---- */
+
+static void drift_of_streams(void *user, int step, int branch, float *e, int horizon) {
+    const double *per_step = user; /* [stream * 2 + branch] */
+    for (int k = 0; k < horizon; k++) e[k] = (float)per_step[branch];
+}
+
+START_TEST(worldcache_streams) {
+    /* max_skips 6, threshold .2: k - 1 steps of the largest drift, whichever stream and branch it is of */
+    for (int largest = 0; largest < 6; largest++) {
+        double e[6] = {.01, .01, .01, .01, .01, .01};
+        e[largest] = .07;
+        sim_result r = run_with((sim_options){.policy = "worldcache",
+                                              .options = "max_skips=6",
+                                              .num_steps = 20,
+                                              .drift = drift_of_streams,
+                                              .user = e,
+                                              .num_streams = 3});
+        sim_assert_full(&r, 0, 1, 2, 3, 4, 8, 12, 16, 19);
+        ck_assert_double_eq_tol(r.steps[7].plan.statistic, .14, 1e-6);
+        sim_free(&r);
+    }
+    double e[6] = {.01, .01, .01, .01, .5, .5}; /* of a stream that there is not */
+    sim_result r = run_with((sim_options){.policy = "worldcache",
+                                          .options = "max_skips=6",
+                                          .num_steps = 20,
+                                          .drift = drift_of_streams,
+                                          .user = e,
+                                          .num_streams = 2});
+    sim_assert_full(&r, 0, 1, 2, 3, 4, 11, 18, 19);
+    sim_free(&r);
+    e[3] = NAN;
+    r = run_with((sim_options){.policy = "worldcache",
+                               .options = "max_skips=6",
+                               .num_steps = 20,
+                               .drift = drift_of_streams,
+                               .user = e,
+                               .num_streams = 2});
+    sim_assert_full(&r, 0, 1, 2, 3, 4, 6, 8, 10, 12, 14, 16, 18, 19);
+    sim_free(&r);
+}
+END_TEST
+
 /* ---- speca ---- */
 
 typedef struct {
@@ -1045,6 +1223,7 @@ static const struct {
     {"speca", "first", "", "3", "5"},
     {"speca", "output", "", "draft", "verified"},
     {"pab", "self", "", "2", "3"},
+    {"pab", "temporal", "", "4", "3"},
     {"pab", "cross", "", "6", "4"},
     {"pab", "mlp", "", "1", "2"},
     {"pab", "lo", "", "100", "300"},
@@ -1071,10 +1250,11 @@ static sim_result run_variation(int i, const char *value) {
              value);
     float timesteps[ALL_STEPS];
     for (int s = 0; s < ALL_STEPS; s++) timesteps[s] = 1000 * (1 - (float)(s * s) / 2600);
+    bool temporal = strcmp(variations[i].option, "temporal") == 0;
     return run_with((sim_options){.policy = variations[i].policy,
                                   .options = text,
-                                  .kinds = three_kinds,
-                                  .num_parts = 3,
+                                  .kinds = temporal ? four_kinds : three_kinds,
+                                  .num_parts = temporal ? 4 : 3,
                                   .timesteps = timesteps,
                                   .measure = lively,
                                   .drift = lively_drift});
@@ -1215,6 +1395,10 @@ int main(void) {
     tcase_add_test(decisions, deltacache_ranges);
     tcase_add_test(decisions, part_level_layouts);
     tcase_add_test(decisions, pab_ranges);
+    tcase_add_test(decisions, temporal_parts);
+    tcase_add_test(decisions, worldcache_streams);
+    tcase_add_test(decisions, runs_that_begin_with_a_snapshot);
+    tcase_add_test(decisions, no_slope_across_runs);
     tcase_add_test(decisions, speca_decisions);
     suite_add_tcase(suite, decisions);
     TCase *options = tcase_create("options");

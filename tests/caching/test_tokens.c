@@ -23,6 +23,9 @@ static sim_result run(const char *policy, const char *options) {
     return run_with((sim_options){.policy = policy, .options = options});
 }
 
+static const uint8_t four_kinds[] = {RF_CACHE_SELF, RF_CACHE_MLP, RF_CACHE_TEMPORAL, RF_CACHE_MLP,
+                                     RF_CACHE_SELF, RF_CACHE_MLP, RF_CACHE_TEMPORAL, RF_CACHE_MLP};
+
 /* A part's rows as a plan has them: all, none or some. */
 static int rows_of(const sim_result *r, int step, int block, int part) {
     const rf_step_plan *p = &r->steps[step].plan;
@@ -594,6 +597,46 @@ START_TEST(failed_allocations_are_reported) {
 }
 END_TEST
 
+/* ---- space-time blocks ---- */
+
+/* Attention over frames computes rows as MLPs do, the attention within a frame as in any block, and a block's rows are as many in each
+ * of its parts. */
+START_TEST(rows_of_temporal_parts) {
+    static const struct {
+        const char *policy, *options;
+        bool attends; /* self-attention computes rows too */
+    } list[] = {
+        {"toca", "ratio=0.2,step_weight=0", false},
+        {"toca", "ratio=0.2,step_weight=0,attention=rows", true},
+        {"duca", "ratio=0.2,step_weight=0,attention=rows", true},
+        {"diffsparse", "table=uniform", true},
+        {"diffsparse", "table=uniform,attention=cached", false},
+    };
+    for (size_t i = 0; i < sizeof list / sizeof *list; i++) {
+        sim_result r = run_with((sim_options){.policy = list[i].policy,
+                                              .options = list[i].options,
+                                              .num_blocks = 2,
+                                              .num_parts = 4,
+                                              .kinds = four_kinds});
+        ck_assert(r.layout.tokens.used);
+        ck_assert_int_eq(r.layout.tokens.attention_rows, list[i].attends);
+        ck_assert_int_eq(r.layout.part_depth[RF_CACHE_TEMPORAL], 1);
+        int seen = 0;
+        for (int step = 0; step < ALL_STEPS; step++)
+            for (int b = 0; b < 2 && r.steps[step].kind == RF_STEP_PARTIAL; b++) {
+                int rows = rows_of(&r, step, b, 1);
+                ck_assert_int_eq(rows_of(&r, step, b, 2), rows);
+                ck_assert_int_eq(rows_of(&r, step, b, 3), rows);
+                if (rows == 16) continue;
+                ck_assert_int_eq(rows_of(&r, step, b, 0), list[i].attends ? rows : 0);
+                seen += rows > 0;
+            }
+        ck_assert_int_gt(seen, 10);
+        sim_free(&r);
+    }
+}
+END_TEST
+
 int main(void) {
     Suite *suite = suite_create("caching_tokens");
     TCase *tc = tcase_create("tokens");
@@ -608,6 +651,7 @@ int main(void) {
     tcase_add_test(tc, tables_come_from_files);
     tcase_add_test(tc, a_missing_calibration_says_what_to_do);
     tcase_add_test(tc, parts_of_a_level);
+    tcase_add_test(tc, rows_of_temporal_parts);
     tcase_add_test(tc, allocation_is_exact);
     tcase_add_test(tc, allocation_refuses);
     tcase_add_test(tc, never_skip_settings_never_skip);

@@ -364,6 +364,7 @@ static const option_case option_cases[] = {
     {"speca", "order=1", "output", "draft", "verified", BY_TRACE, NULL},
     {"pab", "", "self", "2", "3", BY_TRACE, NULL},
     {"pab", "", "cross", "6", "2", EXEMPT, "blocks of a DiT have no cross-attention"},
+    {"pab", "", "temporal", "4", "2", EXEMPT, "blocks of a DiT have no attention over frames (test_world has)"},
     {"pab", "", "mlp", "1", "2", BY_TRACE, NULL},
     {"pab", "", "lo", "100", "400", BY_TRACE, NULL},
     {"pab", "", "hi", "850", "600", BY_TRACE, NULL},

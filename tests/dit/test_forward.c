@@ -266,7 +266,11 @@ START_TEST(unsupported_descriptions_are_refused_when_planned) {
         model->desc = good;
         rf_part_desc *part = &model->desc.groups[0].parts[0];
         if (cases[i].what == 0) part->qk_norm = RF_QK_NORM_RMS_HEAD;
-        if (cases[i].what == 1) part->rope = 0;
+        if (cases[i].what == 1) {
+            part->rope = 0;
+            model->desc.num_ropes = 1;
+            model->desc.ropes[0] = (rf_rope_desc){.kind = RF_ROPE_TIME, .num_pairs = 4, .theta = 10000};
+        }
         if (cases[i].what == 2) part->kind = RF_PART_CROSS;
         if (cases[i].what == 3) part->scope = RF_SCOPE_PIXEL;
         if (cases[i].what == 4) model->desc.num_segments = 2;

@@ -97,6 +97,29 @@ def pictures():
     put("png_texts", "no_keyword.png", png(3, 3, 8, 2, rgb, chunk(b"tEXt", b"\0v")))
 
 
+def animation(colour, first, *frames):
+    """first: raw data of the 3 x 2 canvas; frames: (x, y, width, height, disposal, blending, raw data)."""
+    def control(number, width, height, x, y, dispose, blend):
+        return chunk(b"fcTL", struct.pack(">IIIIIHHBB", number, width, height, x, y, 1, 20, dispose, blend))
+
+    head = struct.pack(">IIBBBBB", 3, 2, 8, colour, 0, 0, 0)
+    out = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"acTL", struct.pack(">II", 1 + len(frames), 0))
+    out += control(0, 3, 2, 0, 0, 0, 0) + chunk(b"IDAT", zlib.compress(first))
+    for i, (x, y, width, height, dispose, blend, raw) in enumerate(frames):
+        out += control(2 * i + 1, width, height, x, y, dispose, blend)
+        out += chunk(b"fdAT", struct.pack(">I", 2 * i + 2) + zlib.compress(raw))
+    return out + chunk(b"IEND", b"")
+
+
+def animations():
+    rgb = b"".join(bytes([filter]) + bytes(range(9)) for filter in (1, 4))
+    rgba = b"".join(bytes([filter]) + bytes(range(200, 212)) for filter in (2, 3))
+    put("apng", "rgb.png", animation(2, rgb, (1, 0, 2, 1, 0, 0, b"\0abcdef"), (0, 1, 1, 1, 0, 0, b"\0abc")))
+    put("apng", "rgba.png", animation(6, rgba, (0, 0, 1, 2, 2, 0, b"\0abcd\1efgh"), (2, 1, 1, 1, 1, 1, b"\0abcd"),
+                                      (0, 0, 3, 2, 0, 1, rgba)))
+    put("apng", "still.png", png(3, 2, 8, 2, rgb, chunk(b"acTL", struct.pack(">II", 1, 0))))
+
+
 def trace(policy, options, steps, images=1, batches=1, tokens=16):
     """One batch after another; a step is a list of (which image or images, entry)."""
     lines = []
@@ -134,4 +157,5 @@ def traces():
 weights()
 configs()
 pictures()
+animations()
 traces()

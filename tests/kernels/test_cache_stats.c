@@ -265,6 +265,59 @@ START_TEST(classes_and_drift_have_no_unit) {
 }
 END_TEST
 
+/* A range of rows and columns is measured where it stands as it is alone; classes go to every cell of a row, and nothing else is
+ * written. */
+START_TEST(a_stream_of_the_outputs_is_measured_alone) {
+    static const struct { int row, col, per_set; } starts[] = {{0, 0, 1}, {40, 8, 2}, {7, 3, 1}, {0, 12, 2}};
+    const int row = starts[_i].row, col = starts[_i].col, rows = 57, cols = 20, cells = 5, cell = 1, num_cells = 3;
+    const curve_case outer = {2, starts[_i].per_set, 4, 100, 36, 36, 4, .3, .6, .01, true, true};
+    curve_case inner = outer;
+    inner.rows = rows, inner.cols = inner.ld = cols;
+    curve t = curve_new(&outer), alone = curve_new(&inner);
+    for (int slot = 0; slot < 3; slot++)
+        for (int g = 0; g < outer.all_groups; g++)
+            for (int r = 0; r < rows; r++)
+                memcpy(alone.ring.host + slot * alone.a.slot_stride + (g * rows + r) * cols,
+                       t.ring.host + slot * t.a.slot_stride + (g * outer.rows + row + r) * outer.ld + col,
+                       (size_t)cols * sizeof(float));
+    op_upload(&alone.ring);
+    curve_run(&alone);
+
+    const size_t num = (size_t)(outer.all_groups * outer.rows);
+    uint8_t *classes = dev_bytes(num * (size_t)cells), *class_of = (uint8_t *)host_doubles(num * (size_t)cells);
+    t.a.ring += row * outer.ld + col;
+    t.a.cols = cols, t.a.rows = rows, t.a.group_rows = outer.rows;
+    t.a.class_ld = cells, t.a.num_classes_per_row = num_cells;
+    t.a.row_class = classes + row * cells + cell;
+    t.a.kappa += row;
+    expect_ok(test_ops()->curvature(NULL, &t.a, &err));
+    expect_ok(test_ops()->curvature(test_stream(), &t.a, &err));
+    download(class_of, classes, num * (size_t)cells);
+    op_download(&t.kappa);
+    op_download(&t.drift);
+    bool computed[4] = {false};
+    for (int i = 0; i < outer.sets * outer.per_set; i++) computed[t.index[i]] = true;
+    for (int g = 0; g < outer.all_groups; g++)
+        for (int r = 0; r < outer.rows; r++) {
+            const bool inside = computed[g] && r >= row && r < row + rows;
+            const int at = g * outer.rows + r, from = g * rows + r - row;
+            if (inside)
+                ck_assert_msg(fabsf(t.kappa.host[at] - alone.kappa.host[from]) <= 1e-6f * alone.kappa.host[from],
+                              "kappa %d of %d is %g, want %g", r, g, (double)t.kappa.host[at],
+                              (double)alone.kappa.host[from]);
+            else
+                ck_assert(isnan(t.kappa.host[at]));
+            for (int c = 0; c < cells; c++) {
+                const bool touched = inside && c >= cell && c < cell + num_cells;
+                ck_assert_int_eq(class_of[at * cells + c], touched ? alone.class_of[from] : 255);
+            }
+        }
+    double *drift = host_doubles(t.drift.num);
+    for (size_t i = 0; i < t.drift.num; i++) drift[i] = (double)alone.drift.host[i];
+    expect_close(&t.drift, drift, 1e-6, "curvature drift", "of a stream");
+}
+END_TEST
+
 /* Row `to` becomes row `from`: equal kappas to the bit. */
 static void copy_row(curve *t, int g, int to, int from) {
     for (int age = 0; age < 3; age++)
@@ -794,6 +847,9 @@ START_TEST(bad_curvature_arguments_are_refused) {
     NO(a.cols = 0, RF_ERR_SHAPE);
     NO(a.ld = a.cols - 1, RF_ERR_SHAPE);
     NO(a.slot_stride -= 1, RF_ERR_SHAPE);
+    NO(a.group_rows = a.rows - 1, RF_ERR_SHAPE);
+    NO(a.num_classes_per_row = -1, RF_ERR_SHAPE);
+    NO(a.num_classes_per_row = 3; a.class_ld = 2, RF_ERR_SHAPE);
     NO(a.horizon = 0, RF_ERR_SHAPE);
     NO(a.horizon = 17, RF_ERR_SHAPE);
     NO(a.p_stable = -0.1f, RF_ERR_ARGUMENT);
@@ -904,6 +960,7 @@ int main(void) {
     TCase *tc = kernel_tcase(suite, "curvature");
     tcase_add_loop_test(tc, curvature_is_its_definition, 0, NUM_CURVE_CASES);
     tcase_add_test(tc, curvature_repeats_its_bits);
+    tcase_add_loop_test(tc, a_stream_of_the_outputs_is_measured_alone, 0, 4);
     tcase_add_test(tc, straight_lines_have_no_curvature);
     tcase_add_test(tc, classes_and_drift_have_no_unit);
     tcase_add_test(tc, equal_curvatures_are_chaotic_and_ties_share_a_class);

@@ -18,9 +18,10 @@ have_header() {
     have cc && printf '#include <%s>\n' "$1" | cc -E -x c - >/dev/null 2>&1
 }
 have_pkg() { have pkg-config && pkg-config --exists "$1"; }
+have_ffmpeg() { have_pkg libavcodec && have_pkg libavformat && have_pkg libswscale && have_pkg libavutil; }
 have_build_tool() { have ninja || have make; }
 
-# missing_packages WHAT...: names the Debian packages of what is not there. WHAT: build, tests.
+# missing_packages WHAT...: names the Debian packages of what is not there. WHAT: build, video, tests.
 missing_packages() {
     local what
     for what in "$@"; do
@@ -34,6 +35,9 @@ missing_packages() {
                 have_pkg libcjson || printf 'libcjson-dev '
                 have_header stb/stb_image.h || printf 'libstb-dev '
                 have_header zlib.h || printf 'zlib1g-dev '
+                ;;
+            video)
+                have_ffmpeg || printf 'libavcodec-dev libavformat-dev libswscale-dev libavutil-dev '
                 ;;
             tests)
                 have_pkg check || printf 'check '
@@ -64,14 +68,29 @@ need_packages() {
     if ! have apt-get || ! as_root true; then
         die "missing: $missing (Debian and Ubuntu names). Install them, then run this again."
     fi
-    say "installing $missing"
+    install_packages "$missing" || die "could not install: $missing"
+    missing=$(missing_packages "$@")
+    [ -z "$missing" ] || die "still missing after installing: $missing"
+}
+
+install_packages() {
+    say "installing $1"
     # shellcheck disable=SC2086  # a list of names
     as_root env DEBIAN_FRONTEND=noninteractive sh -c '
         apt-get -qq update &&
-        apt-get -qq -y -o Dpkg::Use-Pty=0 --no-install-recommends install "$@"' sh $missing >/dev/null ||
-        die "could not install: $missing"
+        apt-get -qq -y -o Dpkg::Use-Pty=0 --no-install-recommends install "$@"' sh $1 >/dev/null
+}
+
+# want_packages WHY WHAT...: the same for what the build can do without; WHY is what is missing then.
+want_packages() {
+    local why=$1 missing
+    shift
     missing=$(missing_packages "$@")
-    [ -z "$missing" ] || die "still missing after installing: $missing"
+    missing=${missing% }
+    [ -n "$missing" ] || return 0
+    if ! have apt-get || ! as_root true || ! install_packages "$missing"; then
+        say "$why: $missing could not be installed"
+    fi
 }
 
 # configure DIR OPTION...: runs cmake once; again only if an option differs from what the folder holds.
@@ -86,9 +105,12 @@ configure() {
             grep -q "^$name:[A-Z]*=$wanted\$" "$dir/CMakeCache.txt" || break
             option=
         done
-        # A toolkit that was installed since then is looked for again.
+        # What was installed since then is looked for again.
         if ! has_cuda_build "$dir" && have nvcc && grep -q '^RF_CUDA:[A-Z]*=auto$' "$dir/CMakeCache.txt"; then
             set -- "$@" -U CMAKE_CUDA_COMPILER
+            option=again
+        fi
+        if ! has_ffmpeg_build "$dir" && have_ffmpeg && grep -q '^RF_FFMPEG:[A-Z]*=auto$' "$dir/CMakeCache.txt"; then
             option=again
         fi
         [ -n "${option:-}" ] || return 0
@@ -118,5 +140,6 @@ build() {
     }
 }
 
-# Was CUDA compiled into this build folder?
+# Were FFmpeg's libraries, was CUDA compiled into this build folder?
+has_ffmpeg_build() { grep -q '^FFMPEG_FOUND:INTERNAL=1' "$1/CMakeCache.txt"; }
 has_cuda_build() { grep -qE '^CMAKE_CUDA_COMPILER:[A-Z]*=/' "$1/CMakeCache.txt"; }

@@ -127,6 +127,63 @@ START_TEST(builtin_list_fits_the_registry) {
 }
 END_TEST
 
+/* Worlds have a list of their own, as long with frames that leave the window; what computes everything comes first. */
+START_TEST(worlds) {
+    rf_error err = {0};
+    sweep_plan plan = {0}, slides = {0}, one = {0};
+    rf_assert_ok(sweep_plan_add_world(&plan, "all", false, &err), err);
+    rf_assert_ok(sweep_plan_add_world(&slides, "all", true, &err), err);
+    ck_assert_int_gt(slides.num, plan.num);
+    ck_assert_int_le(slides.num, 110);
+    ck_assert_str_eq(plan.items[0].key, "none:context=off");
+    ck_assert_str_eq(plan.items[1].key, "none:");
+    for (int i = 0; i < rf_policy_count(); i++) {
+        const char *name = rf_policy_at(i)->name;
+        int num = 0;
+        for (int j = 0; j < plan.num; j++) num += strcmp(plan.items[j].policy, name) == 0;
+        bool listed = strcmp(name, "replay") != 0 && strcmp(name, "measure") != 0;
+        ck_assert_msg(listed ? num >= 3 : num == 0, "%s has %d settings in the list of worlds", name, num);
+    }
+    sweep_plan_free(&plan);
+    sweep_plan_free(&slides);
+    rf_assert_ok(sweep_plan_add_world(&one, "fora:interval=2;carry=off,first,last", false, &err), err);
+    rf_assert_ok(sweep_plan_add_world(&one, "fora:interval=2", false, &err), err); /* the first of them */
+    rf_assert_ok(sweep_plan_add_world(&one, "none:context=keep,off", false, &err), err);
+    rf_assert_ok(sweep_plan_add_steps(&one, "4", 10, &err), err);
+    ck_assert_int_eq(one.num, 6);
+    ck_assert_int_eq(one.items[0].context, SWEEP_CONTEXT_OFF);
+    ck_assert_int_eq(one.items[1].carry, RF_CARRY_OFF);
+    ck_assert_int_eq(one.items[1].context, SWEEP_CONTEXT_GIVEN);
+    ck_assert_int_eq(one.items[3].carry, RF_CARRY_LAST);
+    ck_assert_ptr_nonnull(strstr(one.items[3].key, ";carry=last"));
+    ck_assert_str_eq(one.items[4].key, "none:context=keep");
+    ck_assert_str_eq(one.items[5].key, "steps:4");
+    sweep_plan_free(&one);
+    static const struct {
+        const char *spec, *message;
+        bool world;
+    } wrong[] = {
+        {"none:carry=last", "character 6: `none` takes the option context", true},
+        {"none:context=kep", "character 14: context: expected one of rebuild keep sinks off, found 'kep'", true},
+        {"fora:carry=always", "character 12: carry: expected one of off first last", true},
+        {"fora:carry=last;carry=first", "character 17: the option stands twice", true},
+        {"fora:carry=last", "carry", false},
+        {"none", "none", false},
+    };
+    for (size_t i = 0; i < sizeof wrong / sizeof wrong[0]; i++) {
+        rf_status st = wrong[i].world ? sweep_plan_add_world(&one, wrong[i].spec, false, &err)
+                                      : sweep_plan_add(&one, wrong[i].spec, &err);
+        rf_assert_fails(st, err, RF_ERR_ARGUMENT, wrong[i].message);
+        sweep_plan_free(&one);
+    }
+    sweep_range range;
+    rf_assert_fails(sweep_plan_search("none", true, &one, &range, &err), err, RF_ERR_ARGUMENT, "option of a policy");
+    rf_assert_ok(sweep_plan_search("fora:carry=last", true, &one, &range, &err), err);
+    ck_assert_int_eq(one.items[0].carry, RF_CARRY_LAST);
+    sweep_plan_free(&one);
+}
+END_TEST
+
 START_TEST(fewer_steps) {
     rf_error err = {0};
     sweep_plan plan = {0};
@@ -164,7 +221,7 @@ START_TEST(searches_turn_one_option) {
     for (int i = 0; i < rf_policy_count(); i++) {
         const rf_policy_def *def = rf_policy_at(i);
         if (!sweep_main_option(def->name, &r)) continue;
-        rf_assert_ok(sweep_plan_search(def->name, &fixed, &r, &err), err);
+        rf_assert_ok(sweep_plan_search(def->name, false, &fixed, &r, &err), err);
         ck_assert_int_eq(fixed.num, 1);
         sweep_plan ends = {0}; /* both ends are values that the policy takes */
         char mild[32], aggressive[32];
@@ -180,22 +237,24 @@ START_TEST(searches_turn_one_option) {
         sweep_plan_free(&ends);
         sweep_plan_free(&fixed);
     }
-    rf_assert_ok(sweep_plan_search("worldcache:max_skips=6;threshold=0.1..2", &fixed, &r, &err), err);
+    rf_assert_ok(sweep_plan_search("worldcache:max_skips=6;threshold=0.1..2", false, &fixed, &r, &err), err);
     ck_assert_str_eq(fixed.items[0].options, "max_skips=6");
     ck_assert_str_eq(r.option, "threshold");
     ck_assert(r.mild == .1 && r.aggressive == 2 && !r.whole);
     sweep_plan_free(&fixed);
-    rf_assert_ok(sweep_plan_search("diffsparse:budget=0.2..0.9/5", &fixed, &r, &err), err);
+    rf_assert_ok(sweep_plan_search("diffsparse:budget=0.2..0.9/5", false, &fixed, &r, &err), err);
     ck_assert(r.mild == .9 && r.aggressive == .2);
     sweep_plan_free(&fixed);
-    rf_assert_ok(sweep_plan_search("worldcache:max_skips=1..8", &fixed, &r, &err), err);
+    rf_assert_ok(sweep_plan_search("worldcache:max_skips=1..8", false, &fixed, &r, &err), err);
     ck_assert(r.whole && r.mild == 1 && r.aggressive == 8);
     sweep_plan_free(&fixed);
-    rf_assert_fails(sweep_plan_search("all", &fixed, &r, &err), err, RF_ERR_ARGUMENT, "one option of one policy");
-    rf_assert_fails(sweep_plan_search("worldcache:threshold=1", &fixed, &r, &err), err, RF_ERR_ARGUMENT,
+    rf_assert_fails(sweep_plan_search("all", false, &fixed, &r, &err), err, RF_ERR_ARGUMENT,
+                    "one option of one policy");
+    rf_assert_fails(sweep_plan_search("worldcache:threshold=1", false, &fixed, &r, &err), err, RF_ERR_ARGUMENT,
                     "expected a range");
-    rf_assert_fails(sweep_plan_search("worldcache:threshold=1,2", &fixed, &r, &err), err, RF_ERR_ARGUMENT, "one range");
-    rf_assert_fails(sweep_plan_search("worldcache:threshold=0..1/3;max_skips=2..4", &fixed, &r, &err), err,
+    rf_assert_fails(sweep_plan_search("worldcache:threshold=1,2", false, &fixed, &r, &err), err, RF_ERR_ARGUMENT,
+                    "one range");
+    rf_assert_fails(sweep_plan_search("worldcache:threshold=0..1/3;max_skips=2..4", false, &fixed, &r, &err), err,
                     RF_ERR_ARGUMENT, "turns one option");
     sweep_plan_free(&fixed);
 }
@@ -343,6 +402,7 @@ int main(void) {
     tcase_add_test(specs, equal_settings_are_one);
     tcase_add_test(specs, wrong_specs_name_the_place);
     tcase_add_test(specs, builtin_list_fits_the_registry);
+    tcase_add_test(specs, worlds);
     tcase_add_test(specs, fewer_steps);
     tcase_add_test(specs, searches_turn_one_option);
     suite_add_tcase(suite, specs);

@@ -1,0 +1,39 @@
+/* samples/refrain/bench_run.h - what the files of `refrain bench` share: cmd_bench.c (forwards and images), bench_world.c (worlds). */
+#ifndef REFRAIN_BENCH_RUN_H
+#define REFRAIN_BENCH_RUN_H
+
+#include "samples/refrain/args.h"
+#include "samples/refrain/bench_table.h"
+#include "samples/refrain/program.h"
+
+#define MAX_BATCHES 32
+
+typedef struct {
+    const char *model, *synthetic, *what, *batches, *format, *device, *dtype, *residual, *tuning;
+    arg_list policies;
+    int64_t num_runs, num_steps, width, height, threads, num_frames; /* num_steps, num_frames: 0 = not given */
+    double cfg_scale;
+    bool tune, floors, quiet, no_context_cache;
+    int verbosity;
+} bench_args;
+
+typedef struct {
+    bench_args args;
+    int batches[MAX_BATCHES];
+    int num_batches;
+    char *model_path;
+    const char *model_name;
+    char *tuning_path; /* NULL = none */
+    rf_log log;
+    rf_backend *backend;
+    rf_dtype dtype;
+    rf_image_model *model;
+    rf_world_model *world;
+    double copy_bytes_per_ms, flops_per_ms; /* measured; 0 = not asked for */
+    double *times;                          /* [num_runs] */
+} bench;
+
+/* All rows of worlds; *rows is rf_alloc'ed, also after a failure. */
+rf_status bench_worlds(bench *b, bench_row **rows, int *num_rows, rf_error *err);
+
+#endif
