@@ -26,7 +26,8 @@ int64_t rf_dit_desc_num_chunks(const rf_dit_desc *desc) {
 }
 
 int64_t rf_dit_desc_out_dim(const rf_dit_desc *desc) {
-    int64_t patch = desc->out_patch ? (int64_t)desc->out_patch * desc->out_patch : (int64_t)desc->pt * desc->ph * desc->pw;
+    int64_t patch =
+        desc->out_patch ? (int64_t)desc->out_patch * desc->out_patch : (int64_t)desc->pt * desc->ph * desc->pw;
     return desc->out_channels * patch;
 }
 
@@ -89,7 +90,8 @@ rf_status rf_dit_desc_check(const rf_dit_desc *desc, rf_error *err) {
         return rf_fail(err, RF_ERR_CONFIG, "width %lld is not heads %d x head dim %d", (long long)desc->width,
                        desc->num_heads, desc->head_dim);
     if (desc->cond_dim < 0 || desc->cond_dim > 1 << 15)
-        return rf_fail(err, RF_ERR_CONFIG, "condition width is %lld, expected 0..%d", (long long)desc->cond_dim, 1 << 15);
+        return rf_fail(err, RF_ERR_CONFIG, "condition width is %lld, expected 0..%d", (long long)desc->cond_dim,
+                       1 << 15);
     if (desc->cond_dim && desc->out_channels != desc->in_channels && desc->out_channels != 2 * desc->in_channels)
         return rf_fail(err, RF_ERR_CONFIG, "%d output channels, expected %d or, with learned variance, %d",
                        desc->out_channels, desc->in_channels, 2 * desc->in_channels);
@@ -103,16 +105,28 @@ rf_status rf_dit_desc_check(const rf_dit_desc *desc, rf_error *err) {
     if (desc->action_dim > 0 && desc->num_classes > 0)
         return rf_fail(err, RF_ERR_UNSUPPORTED, "labels and actions in one model are not supported");
     if (desc->num_ropes < 0 || desc->num_ropes > RF_MAX_ROPES)
-        return rf_fail(err, RF_ERR_CONFIG, "%d kinds of rotary positions, expected 0..%d", desc->num_ropes, RF_MAX_ROPES);
+        return rf_fail(err, RF_ERR_CONFIG, "%d kinds of rotary positions, expected 0..%d", desc->num_ropes,
+                       RF_MAX_ROPES);
     for (int i = 0; i < desc->num_ropes; i++) {
         int per_pair = desc->ropes[i].kind == RF_ROPE_AXIAL ? 4 : 2;
         if (desc->ropes[i].num_pairs < 1 || desc->ropes[i].num_pairs > desc->head_dim / per_pair)
-            return rf_fail(err, RF_ERR_CONFIG, "rotary positions turn %d pairs%s of a head of %d", desc->ropes[i].num_pairs,
-                           per_pair == 4 ? " an axis" : "", desc->head_dim);
+            return rf_fail(err, RF_ERR_CONFIG, "rotary positions turn %d pairs%s of a head of %d",
+                           desc->ropes[i].num_pairs, per_pair == 4 ? " an axis" : "", desc->head_dim);
     }
     if (desc->final_norm != RF_PART_NORM_LAYER && (desc->final_norm != RF_PART_NORM_LAYER_AFFINE || desc->cond_dim))
-        return rf_fail(err, RF_ERR_CONFIG, "the final norm is of kind %d, expected a LayerNorm, affine only without conditioning",
+        return rf_fail(err, RF_ERR_CONFIG,
+                       "the final norm is of kind %d, expected a LayerNorm, affine only without conditioning",
                        (int)desc->final_norm);
+    int channels = 0;
+    if (desc->num_streams < 0 || desc->num_streams > RF_MAX_STREAMS)
+        return rf_fail(err, RF_ERR_CONFIG, "%d streams, expected 0..%d", desc->num_streams, RF_MAX_STREAMS);
+    for (int i = 0; i < desc->num_streams; i++) {
+        if (desc->stream_channels[i] < 1)
+            return rf_fail(err, RF_ERR_CONFIG, "stream %d has %d channels", i, desc->stream_channels[i]);
+        channels += desc->stream_channels[i];
+    }
+    if (desc->num_streams > 0 && channels != desc->in_channels)
+        return rf_fail(err, RF_ERR_CONFIG, "streams of %d channels in all, expected %d", channels, desc->in_channels);
     if (desc->num_classes < 0 || desc->num_classes > 1 << 20)
         return rf_fail(err, RF_ERR_CONFIG, "number of classes is %d, expected 0..%d", desc->num_classes, 1 << 20);
     int64_t sample_width = desc->sample_width ? desc->sample_width : desc->sample_size;

@@ -29,6 +29,7 @@ extern "C" {
 #define RF_MAX_PARTS    4
 #define RF_MAX_GROUPS   4
 #define RF_MAX_ROPES    2
+#define RF_MAX_STREAMS  4
 
 typedef enum {
     RF_PART_SELF = 0, /* self-attention over the rows of its segments */
@@ -97,6 +98,9 @@ typedef struct {
 
     int pt, ph, pw;
     int in_channels, out_channels; /* of a denoiser: out_channels = 2 * in_channels: a variance half */
+    /* Channels of each stream (modality: colour, depth, rays ...) of a denoiser's output, in order; they add up to in_channels. Policies
+     * that look at tokens keep statistics for each. 0 streams = one of all channels. */
+    int num_streams, stream_channels[RF_MAX_STREAMS];
     int out_patch; /* side of the square patch that comes out (the two halves of a VAE); 0 = the patch that goes in */
     rf_pos_kind pos;
     double pos_base_size;     /* patches per side that positions were trained for; 0 = the grid itself */

@@ -161,6 +161,14 @@ rf_status rf_dit_create_cache(rf_dit_session *s, rf_error *err) {
                     kinds[block * num_parts + p] = kind_of(&d->groups[g].parts[p]);
         st = embedding_changes(s, o->timesteps, o->max_steps, changes, err);
     }
+    /* columns of an output are (channel, pt, ph, pw) */
+    rf_cache_stream streams[RF_MAX_STREAMS];
+    int64_t patch = s->patch_dim / d->in_channels, col = 0;
+    for (int i = 0; i < d->num_streams; i++) {
+        int64_t end = col + d->stream_channels[i] * patch;
+        streams[i] = (rf_cache_stream){.row_end = s->tokens, .col_begin = col, .col_end = end};
+        col = end;
+    }
     rf_cache_shape shape = {.model = o->model_name ? o->model_name : d->family,
                             .num_steps = o->max_steps,
                             .timesteps = o->timesteps,
@@ -181,6 +189,8 @@ rf_status rf_dit_create_cache(rf_dit_session *s, rf_error *err) {
                             .num_blocks = num_blocks,
                             .num_parts = num_parts,
                             .part_kinds = kinds,
+                            .num_streams = d->num_streams,
+                            .streams = streams,
                             .calibration = o->calibration};
     rf_cache_dtypes dtypes = {.feature_dtype = s->model->dtype,
                               .residual_dtype = o->residual_dtype,

@@ -26,8 +26,7 @@ rf_status rf_dit_context_create(rf_dit_context **out, const rf_dit_model *model,
     const rf_dit_desc *d = &model->desc;
     int num_parts = rf_dit_desc_num_temporal(d);
     *out = NULL;
-    if (num_parts == 0)
-        return rf_fail(err, RF_ERR_ARGUMENT, "a model without attention over frames keeps no context");
+    if (num_parts == 0) return rf_fail(err, RF_ERR_ARGUMENT, "a model without attention over frames keeps no context");
     if (slots < 1 || slots > RF_MAX_WINDOW)
         return rf_fail(err, RF_ERR_ARGUMENT, "a context of %d frames, expected 1..%d", slots, RF_MAX_WINDOW);
     rf_dit_context *c = rf_alloc_zero(1, sizeof *c);

@@ -41,8 +41,7 @@ static rf_status check_supported(const rf_dit_desc *d, rf_error *err) {
                 what = "q/k norms";
             else if (part->scope == RF_SCOPE_PIXEL && (!part->causal_frames || d->mod_rows != RF_MOD_ROWS_FRAME))
                 what = "attention over frames that is not causal, or without modulation by frame";
-            else if (part->scope == RF_SCOPE_PIXEL &&
-                     (part->rope < 0 || d->ropes[part->rope].kind != RF_ROPE_TIME))
+            else if (part->scope == RF_SCOPE_PIXEL && (part->rope < 0 || d->ropes[part->rope].kind != RF_ROPE_TIME))
                 what = "attention over frames without rotary positions in time";
             else if (part->scope != RF_SCOPE_PIXEL && part->rope >= 0 && d->ropes[part->rope].kind != RF_ROPE_AXIAL)
                 what = "rotary positions in time inside a frame";
@@ -74,11 +73,11 @@ rf_status rf_dit_queue_modulation(rf_dit_session *s, rf_stream *stream, int chun
                                     .max_period = (float)d->max_period};
     rf_status st = s->ops->timestep_embed(stream, &embed, err);
     if (st == RF_OK)
-        st = rf_dit_linear(p, &s->model->temb1, s->b.fourier, s->b.temb_hidden, rows, d->cond_dim, d->num_freqs, RF_ACT_SILU,
-                    dtype, err);
+        st = rf_dit_linear(p, &s->model->temb1, s->b.fourier, s->b.temb_hidden, rows, d->cond_dim, d->num_freqs,
+                           RF_ACT_SILU, dtype, err);
     if (st == RF_OK)
-        st = rf_dit_linear(p, &s->model->temb2, s->b.temb_hidden, s->b.temb, rows, d->cond_dim, d->cond_dim, RF_ACT_NONE,
-                    dtype, err);
+        st = rf_dit_linear(p, &s->model->temb2, s->b.temb_hidden, s->b.temb, rows, d->cond_dim, d->cond_dim,
+                           RF_ACT_NONE, dtype, err);
     rf_elementwise_args add = rf_elementwise_args_default(dtype, dtype, rows, d->cond_dim);
     add.x = s->b.temb;
     add.y = s->b.cond;
@@ -99,8 +98,8 @@ rf_status rf_dit_queue_modulation(rf_dit_session *s, rf_stream *stream, int chun
     }
     if (st == RF_OK) st = s->ops->elementwise(stream, &add, err);
     if (st == RF_OK)
-        st =
-            rf_dit_linear(p, &s->model->mod, s->b.cond, s->b.table, rows, s->chunk_cols, d->cond_dim, RF_ACT_NONE, dtype, err);
+        st = rf_dit_linear(p, &s->model->mod, s->b.cond, s->b.table, rows, s->chunk_cols, d->cond_dim, RF_ACT_NONE,
+                           dtype, err);
     return st;
 }
 
@@ -252,7 +251,8 @@ static rf_status check_options(const rf_dit_model *model, const rf_dit_session_o
                            RF_MAX_WINDOW);
     }
     if (o->policy != NULL && d->mod_rows == RF_MOD_ROWS_FRAME && o->frames != 1)
-        return rf_fail(err, RF_ERR_UNSUPPORTED, "a policy works on passes of one frame, not %lld", (long long)o->frames);
+        return rf_fail(err, RF_ERR_UNSUPPORTED, "a policy works on passes of one frame, not %lld",
+                       (long long)o->frames);
     if (o->residual_dtype != RF_DTYPE_F32 && o->residual_dtype != RF_DTYPE_COUNT && o->residual_dtype != model->dtype)
         return rf_fail(err, RF_ERR_DTYPE, "residual dtype %s, expected f32 or the model's %s",
                        rf_dtype_name(o->residual_dtype), rf_dtype_name(model->dtype));
@@ -291,8 +291,8 @@ static rf_status allocate(rf_dit_session *s, rf_error *err) {
     rf_arena_init(&arena, s->memory, s->memory_bytes);
     st = take_buffers(s, &arena, err);
     size_t num_ints = (size_t)s->mod_groups + (size_t)s->steps_per_chunk * (size_t)s->rows_per_step;
-    size_t action_bytes = (size_t)s->rows_per_step * (size_t)rf_dit_padded_actions(&s->model->desc) *
-                          rf_dtype_bytes(s->model->dtype);
+    size_t action_bytes =
+        (size_t)s->rows_per_step * (size_t)rf_dit_padded_actions(&s->model->desc) * rf_dtype_bytes(s->model->dtype);
     size_t num_floats = (size_t)s->padded_steps * (size_t)s->rows_per_step;
     if (st == RF_OK)
         st = rf_backend_alloc_pinned(backend, (void **)&s->host_timesteps, num_floats * sizeof(float), err);
@@ -337,11 +337,14 @@ static rf_status warm_up(rf_dit_session *s, rf_error *err) {
     if (labels == NULL) return rf_fail(err, RF_ERR_MEMORY, "out of memory for labels");
     if (st == RF_OK && d->cond_dim) st = rf_dit_session_begin(s, &zero, 1, labels, err);
     /* what is seen now need not be planned later; long passes over frames are planned as they come */
-    size_t latent_bytes = (size_t)(s->options.batch * d->in_channels * s->options.frames * s->options.height *
-                                   s->options.width) * sizeof(float);
+    size_t latent_bytes =
+        (size_t)(s->options.batch * d->in_channels * s->options.frames * s->options.height * s->options.width) *
+        sizeof(float);
     if (d->mod_rows == RF_MOD_ROWS_FRAME && s->frames > 1)
         s->seen_frames = 0;
-    else if (st == RF_OK && latent_bytes <= s->memory_bytes) /* any finite floats will do as latents: the arena is full of them, and larger */
+    else if (st == RF_OK &&
+             latent_bytes <=
+                 s->memory_bytes) /* any finite floats will do as latents: the arena is full of them, and larger */
         st = rf_dit_walk(s, s->stream, s->memory, NULL, 0, err);
     if (st == RF_OK) st = rf_stream_synchronize(s->stream, err);
     rf_free(labels);
@@ -431,8 +434,7 @@ static rf_status start_run(rf_dit_session *s, int num_steps, rf_error *err) {
     int64_t rows = (int64_t)s->steps_per_chunk * s->rows_per_step;
     const int32_t *slots = s->host_ints, *label_rows = s->host_ints + s->mod_groups;
     rf_status st = rf_stream_upload(s->stream, s->b.slots, slots, (size_t)s->mod_groups * sizeof(int32_t), err);
-    if (st == RF_OK)
-        st = rf_stream_upload(s->stream, s->b.label_rows, label_rows, (size_t)rows * sizeof(int32_t), err);
+    if (st == RF_OK) st = rf_stream_upload(s->stream, s->b.label_rows, label_rows, (size_t)rows * sizeof(int32_t), err);
     if (st == RF_OK)
         st = rf_stream_upload(s->stream, s->b.timesteps, s->host_timesteps,
                               (size_t)s->padded_steps * (size_t)s->rows_per_step * sizeof(float), err);

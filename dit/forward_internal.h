@@ -11,7 +11,7 @@ typedef struct {
     float *out, *out_packed;
     void *attn_workspace;
     size_t attn_workspace_bytes;
-    void *pos;                 /* [tokens, width] f32 */
+    void *pos;                  /* [tokens, width] f32 */
     float *ropes[RF_MAX_ROPES]; /* [positions][pairs][2] */
     /* modulation: U = rows_per_step distinct (timestep, label or action) rows a step, C = steps_per_chunk */
     void *table;                               /* [C*U, num_chunks*width] */

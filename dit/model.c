@@ -21,8 +21,8 @@ typedef struct {
 typedef struct {
     const char *detect; /* a tensor name that only this dialect has */
     const char *patch, *temb1, *temb2, *labels, *action;
-    bool patch_is_linear;      /* [D, c] instead of a convolution */
-    const char *block_mod[2];  /* chunks in this order */
+    bool patch_is_linear;     /* [D, c] instead of a convolution */
+    const char *block_mod[2]; /* chunks in this order */
     const char *final_mod, *final_norm, *final;
     bool final_channels_first; /* rows in order (channel, ph, pw) already */
     part_map parts[RF_MAX_PARTS];
@@ -150,7 +150,9 @@ static rf_status load_rows(rf_dit_model *m, const rf_weights *file, const char *
 static rf_status take_linear(rf_dit_model *m, rf_linear *out, int64_t out_dim, int64_t in_dim, rf_dtype bias_dtype,
                              rf_error *err) {
     rf_status st = rf_params_take(m->params, &out->w, m->dtype, (size_t)(out_dim * in_dim), err);
-    return st == RF_OK && bias_dtype != RF_DTYPE_COUNT ? rf_params_take(m->params, &out->b, bias_dtype, (size_t)out_dim, err) : st;
+    return st == RF_OK && bias_dtype != RF_DTYPE_COUNT
+               ? rf_params_take(m->params, &out->b, bias_dtype, (size_t)out_dim, err)
+               : st;
 }
 
 static rf_status load_norm(rf_dit_model *m, const rf_weights *file, const char *pattern, int block,
@@ -275,8 +277,7 @@ static rf_status load_all(rf_dit_model *m, const rf_weights *file, const weight_
             RF_TRY(load_block(m, file, map, block, &d->groups[g], chunk, err));
     if (d->cond_dim > 0)
         RF_TRY(load_rows(m, file, map->final_mod, 0, 2 * d->width, d->cond_dim, &m->mod, chunk * d->width, err));
-    if (d->final_norm == RF_PART_NORM_LAYER_AFFINE)
-        RF_TRY(load_norm(m, file, map->final_norm, 0, &m->final_norm, err));
+    if (d->final_norm == RF_PART_NORM_LAYER_AFFINE) RF_TRY(load_norm(m, file, map->final_norm, 0, &m->final_norm, err));
     return load_final(m, file, map, err);
 }
 
@@ -424,8 +425,7 @@ static rf_status draw_conditioning(drawer *d, rf_error *err) {
     if (cond == 0) return RF_OK;
     RF_TRY(draw_linear(d, &m->temb1, cond, desc->num_freqs, 1.0, m->dtype, err));
     RF_TRY(draw_linear(d, &m->temb2, cond, cond, 1.0, m->dtype, err));
-    if (desc->action_dim > 0)
-        RF_TRY(draw_linear(d, &m->action, cond, rf_dit_padded_actions(desc), 1.0, m->dtype, err));
+    if (desc->action_dim > 0) RF_TRY(draw_linear(d, &m->action, cond, rf_dit_padded_actions(desc), 1.0, m->dtype, err));
     if (desc->num_classes > 0) {
         RF_TRY(rf_params_take(m->params, &m->labels, m->dtype, (size_t)((desc->num_classes + 1) * cond), err));
         RF_TRY(draw(d, m->labels, m->dtype, (desc->num_classes + 1) * cond, 1.0, err));
@@ -469,8 +469,7 @@ rf_status rf_dit_model_synthetic(rf_dit_model **out, rf_backend *backend, const 
         }
     }
     if (st == RF_OK && desc->final_norm == RF_PART_NORM_LAYER_AFFINE) st = draw_norm(&d, &m->final_norm, err);
-    if (st == RF_OK)
-        st = draw_linear(&d, &m->final, rf_dit_desc_out_dim(desc), width, 1.0, RF_DTYPE_F32, err);
+    if (st == RF_OK) st = draw_linear(&d, &m->final, rf_dit_desc_out_dim(desc), width, 1.0, RF_DTYPE_F32, err);
     if (st == RF_OK) st = rf_stream_synchronize(stream, err);
     rf_stream_destroy(stream);
     if (st == RF_OK)

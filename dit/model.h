@@ -40,12 +40,12 @@ typedef struct {
     rf_dtype dtype; /* of weights and activations: f32 or bf16 */
     rf_backend *backend;
     rf_params *params;
-    rf_linear patch;        /* [D, c*pt*ph*pw] */
-    rf_linear temb1;        /* [D, num_freqs] */
-    rf_linear temb2;        /* [D, D] */
-    void *labels;           /* [num_classes + 1, cond_dim] */
-    rf_linear action;       /* [cond_dim, action_dim padded]: see rf_dit_padded_actions */
-    rf_linear mod;          /* [num_chunks * D, cond_dim] */
+    rf_linear patch;  /* [D, c*pt*ph*pw] */
+    rf_linear temb1;  /* [D, num_freqs] */
+    rf_linear temb2;  /* [D, D] */
+    void *labels;     /* [num_classes + 1, cond_dim] */
+    rf_linear action; /* [cond_dim, action_dim padded]: see rf_dit_padded_actions */
+    rf_linear mod;    /* [num_chunks * D, cond_dim] */
     rf_norm_weights final_norm;
     rf_linear final;        /* [out_channels*pt*ph*pw, D], bias f32: the GEMM writes f32 */
     rf_part_weights *parts; /* [num_blocks][RF_MAX_PARTS] */

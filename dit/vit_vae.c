@@ -86,8 +86,8 @@ static rf_dit_desc describe(const rf_vit_vae_config *c, bool decoder) {
     d.out_channels = decoder ? 3 : 2 * c->latent_dim;
     d.pos = RF_POS_NONE;
     d.num_ropes = 1;
-    d.ropes[0] = (rf_rope_desc){
-        .kind = RF_ROPE_AXIAL, .num_pairs = d.head_dim / 8, .max_freq = (double)grid_h * (double)grid_w};
+    d.ropes[0] =
+        (rf_rope_desc){.kind = RF_ROPE_AXIAL, .num_pairs = d.head_dim / 8, .max_freq = (double)grid_h * (double)grid_w};
     d.mod_rows = RF_MOD_ROWS_SAMPLE;
     d.final_norm = RF_PART_NORM_LAYER_AFFINE;
     d.final_eps = 1e-6;
@@ -182,7 +182,8 @@ static rf_status create_forward(rf_vit_vae_session *s, rf_dit_session **out, con
 static rf_status take_memory(rf_vit_vae_session *s, rf_error *err) {
     const rf_vit_vae_config *c = &s->vae->config;
     size_t planes = (size_t)(s->batch * 2 * c->latent_dim * s->grid), frames = (size_t)(s->batch * s->frame_elems);
-    size_t planes_bytes = (planes * sizeof(float) + 255) / 256 * 256, frames_bytes = (frames * sizeof(float) + 255) / 256 * 256;
+    size_t planes_bytes = (planes * sizeof(float) + 255) / 256 * 256,
+           frames_bytes = (frames * sizeof(float) + 255) / 256 * 256;
     s->memory_bytes = planes_bytes + 2 * frames_bytes + 256 * 3;
     RF_TRY(rf_backend_alloc(s->vae->backend, (void **)&s->memory, s->memory_bytes, err));
     s->planes = (float *)(void *)s->memory;

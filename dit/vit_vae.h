@@ -27,7 +27,8 @@ typedef struct rf_vit_vae_session rf_vit_vae_session;
 /* vit-l-20 of the public 500M model. */
 rf_vit_vae_config rf_vit_vae_config_oasis(void);
 /* From an object of a larger file; absent keys take the public model's values. scaling_factor is left as it is. */
-rf_status rf_vit_vae_config_read(rf_vit_vae_config *inout, const rf_json *doc, const rf_json_value *object, rf_error *err);
+rf_status rf_vit_vae_config_read(rf_vit_vae_config *inout, const rf_json *doc, const rf_json_value *object,
+                                 rf_error *err);
 
 /* path: the safetensors file, an index or a folder. dtype: f32, or bf16 on CUDA. */
 rf_status rf_vit_vae_load(rf_vit_vae **out, rf_backend *backend, const rf_vit_vae_config *config, const char *path,

@@ -157,8 +157,8 @@ static rf_status norm_rows(const rf_dit_pass *p, const part_at *at, rf_cache_row
     return s->ops->norm(p->stream, &args, err);
 }
 
-rf_status rf_dit_linear(const rf_dit_pass *p, const rf_linear *l, const void *x, void *y, int64_t m, int64_t n, int64_t k,
-                        rf_act act, rf_dtype y_dtype, rf_error *err) {
+rf_status rf_dit_linear(const rf_dit_pass *p, const rf_linear *l, const void *x, void *y, int64_t m, int64_t n,
+                        int64_t k, rf_act act, rf_dtype y_dtype, rf_error *err) {
     rf_gemm_args args = rf_gemm_args_default(p->s->model->dtype, m, n, k);
     args.x = x;
     args.w = l->w;
@@ -284,8 +284,8 @@ static rf_status run_self_rows(const rf_dit_pass *p, const part_at *at, rf_cache
     return rf_dit_linear(p, &at->weights->out, s->b.attn, s->b.y, num, width, width, RF_ACT_NONE, dtype, err);
 }
 
-static rf_status run_mlp(const rf_dit_pass *p, const rf_part_desc *part, const rf_part_weights *w, int64_t rows, void *y,
-                         rf_error *err) {
+static rf_status run_mlp(const rf_dit_pass *p, const rf_part_desc *part, const rf_part_weights *w, int64_t rows,
+                         void *y, rf_error *err) {
     rf_dit_session *s = p->s;
     int64_t width = s->model->desc.width;
     rf_dtype dtype = s->model->dtype;
@@ -329,11 +329,11 @@ static rf_status produce_part(rf_dit_pass *p, const part_at *at, rf_dit_pending 
     }
     RF_TRY(rf_dit_settle(p, pending, err));
     *pending = (rf_dit_pending){.active = true,
-                                  .y = plain ? probe.terms[0] : NULL,
-                                  .gate = gate,
-                                  .predicted = !plain,
-                                  .block = at->block,
-                                  .part = at->index};
+                                .y = plain ? probe.terms[0] : NULL,
+                                .gate = gate,
+                                .predicted = !plain,
+                                .block = at->block,
+                                .part = at->index};
     return RF_OK;
 }
 
@@ -356,8 +356,8 @@ static rf_status compute_part_rows(rf_dit_pass *p, const part_at *at, rf_dit_pen
 
 /* Attention and MLP of one block on the same listed rows, in as few passes over all rows as there can be: the chosen rows go through
  * both parts packed; one merge then brings every row up to date, the others from the rings. */
-static rf_status run_row_block(rf_dit_pass *p, const part_at *self, const part_at *mlp, bool renew, rf_dit_pending *pending,
-                               rf_error *err) {
+static rf_status run_row_block(rf_dit_pass *p, const part_at *self, const part_at *mlp, bool renew,
+                               rf_dit_pending *pending, rf_error *err) {
     rf_dit_session *s = p->s;
     int64_t width = s->model->desc.width, gate_a = gate_of(s, self);
     norm_spec norm_b = norm_of(s, mlp);
@@ -418,8 +418,7 @@ static rf_status run_block(rf_dit_pass *p, int block, const rf_block_group *grou
     const uint8_t *plan =
         p->group && !compute_all && p->group->plan->kind != RF_STEP_FULL ? p->group->plan->parts + block * most : NULL;
     if (plan && group->num_parts == 2 && group->parts[0].kind == RF_PART_SELF && group->parts[1].kind == RF_PART_MLP &&
-        !is_temporal(&group->parts[0]) &&
-        plan[0] != RF_DO_COMPUTE && plan[1] == RF_DO_ROWS) {
+        !is_temporal(&group->parts[0]) && plan[0] != RF_DO_COMPUTE && plan[1] == RF_DO_ROWS) {
         part_at self = {block, 0, &group->parts[0], &s->model->parts[block * RF_MAX_PARTS], first_chunk};
         part_at mlp = {block, 1, &group->parts[1], &s->model->parts[block * RF_MAX_PARTS + 1], first_chunk};
         return run_row_block(p, &self, &mlp, plan[0] == RF_DO_ROWS, pending, err);
@@ -457,7 +456,6 @@ static rf_status run_verified(rf_dit_pass *p, int block, const rf_block_group *g
     return g->plan->use_verified ? rf_cache_verify_load(s->cache, p->stream, g, 0, s->b.x, err) : RF_OK;
 }
 
-
 rf_patchify_args rf_dit_patchify_args(const rf_dit_session *s, const float *latent, const float *in_scale,
                                       int64_t in_scale_stride) {
     const rf_dit_desc *d = &s->model->desc;
@@ -465,7 +463,8 @@ rf_patchify_args rf_dit_patchify_args(const rf_dit_session *s, const float *late
                               .out = s->b.patches,
                               .dtype = s->model->dtype,
                               /* frame by frame, [samples, frames, channels, height, width]: a frame is a sample here */
-                              .batch = s->options.batch * (s->model->desc.mod_rows == RF_MOD_ROWS_FRAME ? s->frames : 1),
+                              .batch =
+                                  s->options.batch * (s->model->desc.mod_rows == RF_MOD_ROWS_FRAME ? s->frames : 1),
                               .branches = s->options.branches,
                               .channels = d->in_channels,
                               .frames = s->model->desc.mod_rows == RF_MOD_ROWS_FRAME ? 1 : s->options.frames,
@@ -488,8 +487,8 @@ rf_status rf_dit_embed(rf_dit_pass *p, const float *latent, const float *in_scal
     args.batch = args.batch * p->samples / s->samples;
     args.sample_index = p->group ? p->group->samples : NULL;
     RF_TRY(s->ops->patchify(p->stream, &args, err));
-    RF_TRY(rf_dit_linear(p, &s->model->patch, s->b.patches, s->b.y, p->rows, width, s->patch_dim, RF_ACT_NONE, s->model->dtype,
-                  err));
+    RF_TRY(rf_dit_linear(p, &s->model->patch, s->b.patches, s->b.y, p->rows, width, s->patch_dim, RF_ACT_NONE,
+                         s->model->dtype, err));
     *pending = (rf_dit_pending){.active = true, .base = s->b.pos, .base_period = s->tokens, .y = s->b.y, .gate = -1};
     return RF_OK;
 }
@@ -543,7 +542,8 @@ rf_status rf_dit_finish(rf_dit_pass *p, rf_dit_pending *pending, float *out, rf_
                       .bias = s->model->final_norm.bias};
     p->boundary = rf_dit_desc_num_blocks(d);
     RF_TRY(settle(p, pending, &norm, err));
-    return rf_dit_linear(p, &s->model->final, s->b.h, out, p->rows, s->out_dim, d->width, RF_ACT_NONE, RF_DTYPE_F32, err);
+    return rf_dit_linear(p, &s->model->final, s->b.h, out, p->rows, s->out_dim, d->width, RF_ACT_NONE, RF_DTYPE_F32,
+                         err);
 }
 
 /* The whole forward: queued on stream, or only checked if stream is NULL. */
@@ -555,4 +555,3 @@ rf_status rf_dit_walk(rf_dit_session *s, rf_stream *stream, const float *latent,
     RF_TRY(rf_dit_run_blocks(&p, 0, rf_dit_desc_num_blocks(&s->model->desc), &pending, err));
     return p.done ? RF_OK : rf_dit_finish(&p, &pending, s->b.out, err);
 }
-

@@ -46,9 +46,9 @@ typedef struct {
 
 /* Of the public model, in the order of its action rows. */
 static const char *const oasis_actions[] = {
-    "inventory", "ESC",      "hotbar.1", "hotbar.2", "hotbar.3", "hotbar.4", "hotbar.5",  "hotbar.6", "hotbar.7",
-    "hotbar.8",  "hotbar.9", "forward",  "back",     "left",     "right",    "cameraX",   "cameraY",  "jump",
-    "sneak",     "sprint",   "swapHands", "attack",  "use",      "pickItem", "drop"};
+    "inventory", "ESC",      "hotbar.1",  "hotbar.2", "hotbar.3", "hotbar.4", "hotbar.5", "hotbar.6", "hotbar.7",
+    "hotbar.8",  "hotbar.9", "forward",   "back",     "left",     "right",    "cameraX",  "cameraY",  "jump",
+    "sneak",     "sprint",   "swapHands", "attack",   "use",      "pickItem", "drop"};
 
 static world_config default_config(void) {
     return (world_config){.dit = rf_dit_config_oasis(),
@@ -58,11 +58,30 @@ static world_config default_config(void) {
                           .stabilization_level = 15};
 }
 
+/* "streams": channels of each modality of a latent. */
+static rf_status read_streams(rf_dit_desc *dit, const rf_json *doc, const rf_json_value *root, rf_error *err) {
+    const rf_json_value *list = rf_json_get(root, "streams");
+    if (list == NULL) return RF_OK;
+    size_t num = rf_json_count(list);
+    if (!rf_json_is_array(list) || num < 1 || num > RF_MAX_STREAMS)
+        return rf_fail(err, RF_ERR_CONFIG, "%s: \"streams\" is not an array of 1..%d channel counts", rf_json_name(doc),
+                       RF_MAX_STREAMS);
+    dit->num_streams = (int)num;
+    for (size_t i = 0; i < num; i++) {
+        double channels = rf_json_number(rf_json_at(list, i, NULL));
+        if (!(channels >= 1.0 && channels <= dit->in_channels && channels == floor(channels)))
+            return rf_fail(err, RF_ERR_CONFIG, "%s: entry %zu of \"streams\" is not a number of channels",
+                           rf_json_name(doc), i);
+        dit->stream_channels[i] = (int)channels;
+    }
+    rf_status st = rf_dit_desc_check(dit, err);
+    return st == RF_OK ? st : rf_fail_prefix(err, st, "%s", rf_json_name(doc));
+}
+
 static rf_status read_config(world_config *out, const rf_json *doc, rf_error *err) {
     const rf_json_value *root = rf_json_root(doc);
     const char *class_name = "";
-    if (!rf_json_is_object(root))
-        return rf_fail(err, RF_ERR_CONFIG, "%s: expected a JSON object", rf_json_name(doc));
+    if (!rf_json_is_object(root)) return rf_fail(err, RF_ERR_CONFIG, "%s: expected a JSON object", rf_json_name(doc));
     *out = default_config();
     RF_TRY(rf_json_opt_string(doc, root, "_class_name", "", &class_name, err));
     if (strcmp(class_name, CONFIG_CLASS) != 0)
@@ -76,6 +95,7 @@ static rf_status read_config(world_config *out, const rf_json *doc, rf_error *er
     RF_TRY(rf_json_opt_double(doc, root, "scaling_factor", 1e-6, 1e6, out->vae.scaling_factor, &out->vae.scaling_factor,
                               err));
     RF_TRY(rf_json_opt_double(doc, root, "fps", 0.01, 1000.0, out->fps, &out->fps, err));
+    RF_TRY(read_streams(&out->dit, doc, root, err));
     int64_t steps, level;
     RF_TRY(rf_json_opt_int(doc, root, "steps", 1, TRAIN_STEPS, out->num_steps, &steps, err));
     RF_TRY(rf_json_opt_int(doc, root, "stabilization_level", 1, TRAIN_STEPS, out->stabilization_level, &level, err));
@@ -868,23 +888,22 @@ rf_status rf_world_session_read_latent(rf_world_session *s, float *host, rf_erro
 rf_world_session_info rf_world_session_get_info(const rf_world_session *s) {
     const rf_cache *cache = rf_dit_session_cache(s->denoise);
     rf_cache_counts last = cache ? rf_cache_get_counts(cache) : (rf_cache_counts){0};
-    return (rf_world_session_info){.num_frames = s->num_frames,
-                                   .context_frames = s->num_window > 0 ? s->num_window - (s->num_frames > 0) : 0,
-                                   .frames_slid = s->frames_slid,
-                                   .num_steps = s->num_steps,
-                                   .arena_bytes = s->memory_bytes + rf_dit_context_bytes(s->context) +
-                                                  rf_dit_session_arena_bytes(s->denoise) +
-                                                  rf_dit_session_arena_bytes(s->commit) +
-                                                  rf_vit_vae_session_bytes(s->vae) + last.bytes,
-                                   .context_ms = s->context_ms,
-                                   .denoise_ms = s->denoise_ms,
-                                   .decode_ms = s->decode_ms,
-                                   .frame_forwards = s->frame_forwards,
-                                   .graph_nodes = s->step_graph ? rf_graph_num_nodes(s->step_graph) : 0,
-                                   .has_cache = cache != NULL,
-                                   .last = last,
-                                   .total = s->total,
-                                   .step_kinds = cache ? rf_cache_step_kinds(cache) : NULL};
+    return (rf_world_session_info){
+        .num_frames = s->num_frames,
+        .context_frames = s->num_window > 0 ? s->num_window - (s->num_frames > 0) : 0,
+        .frames_slid = s->frames_slid,
+        .num_steps = s->num_steps,
+        .arena_bytes = s->memory_bytes + rf_dit_context_bytes(s->context) + rf_dit_session_arena_bytes(s->denoise) +
+                       rf_dit_session_arena_bytes(s->commit) + rf_vit_vae_session_bytes(s->vae) + last.bytes,
+        .context_ms = s->context_ms,
+        .denoise_ms = s->denoise_ms,
+        .decode_ms = s->decode_ms,
+        .frame_forwards = s->frame_forwards,
+        .graph_nodes = s->step_graph ? rf_graph_num_nodes(s->step_graph) : 0,
+        .has_cache = cache != NULL,
+        .last = last,
+        .total = s->total,
+        .step_kinds = cache ? rf_cache_step_kinds(cache) : NULL};
 }
 
 rf_status rf_world_session_write_trace(const rf_world_session *s, int first_image, rf_cache_line line, void *user,

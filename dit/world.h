@@ -29,7 +29,8 @@ typedef struct rf_world_model rf_world_model;
 typedef struct rf_world_session rf_world_session;
 
 /* dtype: f32, or bf16 on CUDA. */
-rf_status rf_world_model_load(rf_world_model **out, rf_backend *backend, const char *dir, rf_dtype dtype, rf_error *err);
+rf_status rf_world_model_load(rf_world_model **out, rf_backend *backend, const char *dir, rf_dtype dtype,
+                              rf_error *err);
 /* config: "oasis-500m" (the public model's shapes) or the path of a config.json; weights drawn on the device. */
 rf_status rf_world_model_synthetic(rf_world_model **out, rf_backend *backend, const char *config, rf_dtype dtype,
                                    uint64_t seed, rf_error *err);
@@ -40,7 +41,7 @@ bool rf_world_is_world(const char *dir);
 typedef struct {
     const char *path; /* folder or config name, borrowed */
     const rf_dit_model *transformer;
-    int frame_height, frame_width;                       /* pixels */
+    int frame_height, frame_width; /* pixels */
     int latent_channels, latent_height, latent_width;
     int action_dim;  /* length of an action row */
     int num_actions; /* named ones; <= action_dim */
@@ -69,15 +70,15 @@ typedef struct {
     int stabilization_level; /* context frames are told timestep level - 1; 0 = the folder's */
     int window;              /* frames, the new one included: 2..max_frames (KEEP and SINKS too); 0 = max_frames */
     rf_context_mode context;
-    int num_sinks;           /* SINKS: 1..window - 2; default 2 */
-    bool context_cache;      /* default true */
+    int num_sinks;      /* SINKS: 1..window - 2; default 2 */
+    bool context_cache; /* default true */
     rf_rng_kind rng;
     rf_dtype residual_dtype; /* RF_DTYPE_COUNT = the model's */
     bool use_graphs;         /* CUDA; default true */
     bool tune_gemm;
     const char *gemm_tuning; /* as in rf_image_options; borrowed */
     const rf_policy *policy; /* feature caching inside a frame's steps; NULL = none; borrowed */
-    rf_cache_carry carry;    /* a frame starts with stored features of the frame before (policies that keep a history) */
+    rf_cache_carry carry; /* a frame starts with stored features of the frame before (policies that keep a history) */
     double max_drift;
     bool record_trace, force_policy;
 } rf_world_options;

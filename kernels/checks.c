@@ -691,8 +691,7 @@ rf_status rf_rope_check(const rf_rope_args *a, rf_error *err) {
     RF_TRY(size_in(op, "head_dim", a->head_dim, 2, 65536, err));
     RF_TRY(size_in(op, "num_pairs", a->num_pairs, 1, a->head_dim / 2, err));
     RF_TRY(size_from(op, "period", a->period, 1, err));
-    if (a->num_rows > 1)
-        RF_TRY(stride_from(op, "row_stride", a->row_stride, (int64_t)a->num_heads * a->head_dim, err));
+    if (a->num_rows > 1) RF_TRY(stride_from(op, "row_stride", a->row_stride, (int64_t)a->num_heads * a->head_dim, err));
     return product_fits(op, "x", (int64_t[]){a->num_rows, a->row_stride}, 2, err);
 }
 
@@ -713,8 +712,7 @@ rf_status rf_temporal_attention_check(const rf_temporal_attention_args *a, rf_er
     RF_TRY(size_from(op, "tokens", a->tokens, 1, err));
     RF_TRY(size_in(op, "num_heads", a->num_heads, 1, 65535, err));
     RF_TRY(size_in(op, "head_dim", a->head_dim, 2, 65536, err));
-    if (a->head_dim % 2 != 0)
-        return rf_fail(err, RF_ERR_SHAPE, "%s: head_dim is %d, must be even", op, a->head_dim);
+    if (a->head_dim % 2 != 0) return rf_fail(err, RF_ERR_SHAPE, "%s: head_dim is %d, must be even", op, a->head_dim);
     RF_TRY(size_in(op, "num_pairs", a->num_pairs, 0, a->head_dim / 2, err));
     RF_TRY(size_from(op, "slots", a->slots, 0, err));
     if (a->rows) {

@@ -320,6 +320,10 @@ template <class X, class Y, class T, term_form FORM>
 static rf_status launch(rf_stream *stream, const char *label, const rf_residual_args &p, bool write_x, rf_error *err) {
     const int64_t cols = p.cols;
     const dim3 rows((unsigned)p.num_rows);
+    /* few rows would leave most of the card idle: a block per row, short chains of loads */
+    if (cols > 256 && cols <= 1536 && p.num_rows <= 8 * rf_backend_num_sms(rf_stream_backend(stream)))
+        return rf_launch_early(stream, label, err, residual_norm_kernel<X, Y, T, 128, 3, FORM>, rows, dim3(128), 0, p,
+                               write_x);
     if (cols <= 512) /* a warp per row, four rows a block */
         return rf_launch_early(stream, label, err, residual_norm_kernel<X, Y, T, 32, 4, FORM>,
                                dim3((unsigned)rf_ceil_div(p.num_rows, 4)), dim3(128), 0, p, write_x);

@@ -17,7 +17,7 @@
 
 #define OPTION_BYTES 1024
 #define FASTER       1.03 /* than the next milder preset */
-#define DOUBTFUL     1.1 /* speed-up times computed share of rows: above it the machine was not steady */
+#define DOUBTFUL     1.1  /* speed-up times computed share of rows: above it the machine was not steady */
 
 static const double kept_levels[RF_PRESET_COUNT] = {.995, .99, .98, .95};
 static const double psnr_levels[RF_PRESET_COUNT] = {45, 40, 35, 30};

@@ -472,7 +472,8 @@ static color wall_color(const view_column *c, double slope) {
 
 static color floor_color(const view *v, const view_column *c, double depth) {
     double x = v->world->x + depth * c->dx, y = v->world->y + depth * c->dy;
-    float detail = detail_left(depth * depth * v->pixel); /* a row covers depth^2 * pixel / eye height; a cell is half the
+    float detail =
+        detail_left(depth * depth * v->pixel); /* a row covers depth^2 * pixel / eye height; a cell is half the
                                                               checker's period */
     float odd = (float)(((int)x + (int)y) & 1);
     color base = mix(FLOOR_A, FLOOR_B, 0.5f + (odd - 0.5f) * detail);

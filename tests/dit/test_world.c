@@ -302,7 +302,8 @@ START_TEST(levels_of_the_schedule_match_the_reference) {
         snprintf(name, sizeof name, "steps_%d.t", steps[i]);
         float *want = fixture_ints(f, name, (size_t)steps[i]), *got = rf_alloc((size_t)steps[i] * sizeof(float));
         rf_world_timesteps(got, steps[i]);
-        for (int k = 0; k < steps[i]; k++) ck_assert_msg(got[k] == want[k], "%d of %d: %g, not %g", k, steps[i], (double)got[k], (double)want[k]);
+        for (int k = 0; k < steps[i]; k++)
+            ck_assert_msg(got[k] == want[k], "%d of %d: %g, not %g", k, steps[i], (double)got[k], (double)want[k]);
         rf_free(want);
         rf_free(got);
     }
@@ -350,12 +351,14 @@ START_TEST(kept_context_is_exact) {
     for (int mode = 0; mode < 3; mode++) {
         o.context = (rf_context_mode)mode;
         roll(&w, &o, FRAMES, got, &reused);
-        int exact = mode == RF_CONTEXT_REBUILD ? FRAMES : 5; /* windows of 6: the seventh frame is the first to push one out */
+        int exact =
+            mode == RF_CONTEXT_REBUILD ? FRAMES : 5; /* windows of 6: the seventh frame is the first to push one out */
         rf_assert_close(got, want, (size_t)(exact * BATCH * LATENT), INFINITY, 1e-5);
         if (mode != RF_CONTEXT_REBUILD) {
             rf_difference after = rf_compare_f32(got + exact * BATCH * LATENT, want + exact * BATCH * LATENT,
                                                  (FRAMES - 5) * BATCH * LATENT);
-            ck_assert_msg(after.rel_l2 > 1e-4 && after.rel_l2 < 0.5, "%s differs by %g", rf_context_mode_name((rf_context_mode)mode), after.rel_l2);
+            ck_assert_msg(after.rel_l2 > 1e-4 && after.rel_l2 < 0.5, "%s differs by %g",
+                          rf_context_mode_name((rf_context_mode)mode), after.rel_l2);
             /* a frame is committed once and denoised four times */
             ck_assert_int_eq(reused.frame_forwards, BATCH * (FRAMES * 4 + FRAMES));
         }
@@ -419,10 +422,10 @@ END_TEST
 /* Never-reuse settings of every level: the bits of no policy. */
 START_TEST(policies_that_never_reuse_change_no_bit) {
     enum { FRAMES = 7 };
-    static const char *const settings[][2] = {{"interval", "interval=1"},   {"fora", "interval=1"},
-                                              {"taylorseer", "interval=1"}, {"easycache", "threshold=0"},
-                                              {"worldcache", "threshold=0"},      {"fbcache", "threshold=0"},
-                                              {"dbcache", "threshold=0"},   {"toca", "interval=1"}};
+    static const char *const settings[][2] = {{"interval", "interval=1"},    {"fora", "interval=1"},
+                                              {"taylorseer", "interval=1"},  {"easycache", "threshold=0"},
+                                              {"worldcache", "threshold=0"}, {"fbcache", "threshold=0"},
+                                              {"dbcache", "threshold=0"},    {"toca", "interval=1"}};
     world w = open_world("cpu", TINY);
     float want[FRAMES * 2 * LATENT], got[FRAMES * 2 * LATENT];
     rf_world_options o = rf_world_options_default();
@@ -432,7 +435,8 @@ START_TEST(policies_that_never_reuse_change_no_bit) {
     for (size_t i = 0; i < sizeof settings / sizeof *settings; i++) {
         rf_policy *policy = NULL;
         rf_assert_ok(rf_policy_create(&policy, settings[i][0], &w.d.err), w.d.err);
-        if (rf_policy_set(policy, settings[i][1], &w.d.err) != RF_OK) ck_abort_msg("%s: %s", settings[i][0], w.d.err.message);
+        if (rf_policy_set(policy, settings[i][1], &w.d.err) != RF_OK)
+            ck_abort_msg("%s: %s", settings[i][0], w.d.err.message);
         o.policy = policy;
         o.force_policy = true;
         roll(&w, &o, FRAMES, got, NULL);
@@ -460,7 +464,8 @@ START_TEST(every_policy_runs_a_world) {
         rf_assert_ok(rf_policy_create(&policy, name, &w.d.err), w.d.err);
         if (strcmp(name, "magcache") == 0) rf_assert_ok(rf_policy_set(policy, "table=flat:1.02", &w.d.err), w.d.err);
         if (strcmp(name, "diffsparse") == 0) rf_assert_ok(rf_policy_set(policy, "table=uniform", &w.d.err), w.d.err);
-        if (strcmp(name, "teacache") == 0) rf_assert_ok(rf_policy_set(policy, "coefficients=identity", &w.d.err), w.d.err);
+        if (strcmp(name, "teacache") == 0)
+            rf_assert_ok(rf_policy_set(policy, "coefficients=identity", &w.d.err), w.d.err);
         o.policy = policy;
         o.force_policy = true;
         roll(&w, &o, FRAMES, got, &info);
@@ -526,6 +531,47 @@ START_TEST(history_can_be_carried_from_frame_to_frame) {
 }
 END_TEST
 
+/* A latent of two modalities: worldcache groups their tokens apart. */
+START_TEST(streams_have_statistics_of_their_own) {
+    enum { FRAMES = 2 };
+    static const char *const streams[] = {"", "\"streams\": [2, 4],", "\"streams\": [2, 3],"};
+    dit_device d = dit_device_open_named("cpu");
+    float got[2][FRAMES * 2 * LATENT];
+    char dir[256], path[300], text[1024];
+    ck_assert_ptr_nonnull(rf_temp_dir_make(dir, sizeof dir));
+    snprintf(path, sizeof path, "%s/config.json", dir);
+    for (int i = 0; i < 3; i++) {
+        snprintf(text, sizeof text,
+                 "{\"_class_name\": \"OasisWorld\", %s \"dit\": {\"input_h\": 6, \"input_w\": 8, \"in_channels\": 6, "
+                 "\"hidden_size\": 48, \"depth\": 2, \"num_heads\": 3, \"external_cond_dim\": 5, \"max_frames\": 6}, "
+                 "\"vae\": {\"input_height\": 24, \"input_width\": 32, \"patch_size\": 4, \"latent_dim\": 6, "
+                 "\"enc_dim\": 32, \"enc_depth\": 1, \"enc_heads\": 2, \"dec_dim\": 32, \"dec_depth\": 1, "
+                 "\"dec_heads\": 2}}",
+                 streams[i]);
+        rf_assert_ok(rf_file_write(path, text, strlen(text), &d.err), d.err);
+        world w = {.d = d};
+        if (i == 2) {
+            rf_assert_fails(rf_world_model_synthetic(&w.model, d.backend, path, RF_DTYPE_F32, 1, &d.err), d.err,
+                            RF_ERR_CONFIG, "5 channels");
+            continue;
+        }
+        rf_policy *policy = NULL;
+        rf_world_options o = rf_world_options_default();
+        rf_assert_ok(rf_world_model_synthetic(&w.model, d.backend, path, RF_DTYPE_F32, 1, &d.err), d.err);
+        rf_assert_ok(rf_policy_create(&policy, "worldcache", &d.err), d.err);
+        o.policy = policy;
+        o.batch = 2;
+        o.num_steps = 20;
+        roll(&w, &o, FRAMES, got[i], NULL);
+        rf_policy_destroy(policy);
+        rf_world_model_close(w.model);
+    }
+    ck_assert(memcmp(got[0], got[1], sizeof got[0]) != 0);
+    rf_temp_dir_remove(dir);
+    dit_device_close(&d);
+}
+END_TEST
+
 /* Steps of a policy see a context that is computed again in front of every step that computes: the same rollout. */
 START_TEST(policies_run_without_a_kept_context) {
     enum { FRAMES = 7 };
@@ -576,7 +622,8 @@ START_TEST(bad_options_and_folders_are_refused) {
     rf_world_model *model = NULL;
     rf_assert_fails(rf_world_model_load(&model, w.d.backend, RF_FIXTURE_DIR "/dit-tiny", RF_DTYPE_F32, err), *err,
                     RF_ERR_MISSING, "config.json");
-    rf_assert_fails(rf_world_model_load(&model, w.d.backend, "/nowhere", RF_DTYPE_F32, err), *err, RF_ERR_IO, "nowhere");
+    rf_assert_fails(rf_world_model_load(&model, w.d.backend, "/nowhere", RF_DTYPE_F32, err), *err, RF_ERR_IO,
+                    "nowhere");
     rf_assert_fails(rf_world_model_synthetic(&model, w.d.backend, "oasis-5m", RF_DTYPE_F32, 1, err), *err,
                     RF_ERR_ARGUMENT, "oasis-500m");
     close_world(&w);
@@ -602,6 +649,7 @@ int main(void) {
     tcase_add_test(rollouts, every_policy_runs_a_world);
     tcase_add_test(rollouts, pab_has_a_range_for_attention_over_frames);
     tcase_add_test(rollouts, history_can_be_carried_from_frame_to_frame);
+    tcase_add_test(rollouts, streams_have_statistics_of_their_own);
     tcase_add_test(rollouts, policies_run_without_a_kept_context);
     tcase_add_test(rollouts, bad_options_and_folders_are_refused);
     suite_add_tcase(suite, rollouts);

@@ -9,7 +9,8 @@
 
 /* 64 x 64 frames, latents of 16 x 8 x 8, heads of 64; PATCH is 1 (64 tokens a frame) or 2 (16). */
 static const char config_format[] =
-    "{\"_class_name\": \"OasisWorld\", \"dit\": {\"input_h\": 8, \"input_w\": 8, \"patch_size\": %d, \"in_channels\": 16, "
+    "{\"_class_name\": \"OasisWorld\", \"dit\": {\"input_h\": 8, \"input_w\": 8, \"patch_size\": %d, \"in_channels\": "
+    "16, "
     "\"hidden_size\": 128, \"depth\": 3, \"num_heads\": 2, \"external_cond_dim\": 7, \"max_frames\": 5}, "
     "\"vae\": {\"input_height\": 64, \"input_width\": 64, \"patch_size\": 8, \"latent_dim\": 16, \"enc_dim\": 128, "
     "\"enc_depth\": 2, \"enc_heads\": 2, \"dec_dim\": 128, \"dec_depth\": 2, \"dec_heads\": 2}, "
@@ -86,7 +87,8 @@ START_TEST(rollouts_agree_with_the_cpu) {
     how.dtype = RF_DTYPE_BF16;
     roll(&how, got, NULL);
     rf_difference bf16 = rf_compare_f32(got, want, 3 * BATCH * LATENT);
-    printf("patch %d: f32 %.2e, pictures %.2e, bf16 (three frames) %.2e\n", patch, f32.rel_l2, picture.rel_l2, bf16.rel_l2);
+    printf("patch %d: f32 %.2e, pictures %.2e, bf16 (three frames) %.2e\n", patch, f32.rel_l2, picture.rel_l2,
+           bf16.rel_l2);
     ck_assert(f32.rel_l2 <= 1e-4 && picture.rel_l2 <= 1e-4);
     ck_assert(bf16.rel_l2 <= 3e-2);
 }
@@ -132,7 +134,11 @@ START_TEST(policies_agree_with_the_cpu) {
                                               {"dbcache", "threshold=100"},
                                               {"toca", "score=value"}};
     static float want[FRAMES * BATCH * LATENT], got[FRAMES * BATCH * LATENT];
-    setting how = {.patch = 1, .context_cache = true, .graphs = true, .policy = settings[_i][0], .policy_options = settings[_i][1]};
+    setting how = {.patch = 1,
+                   .context_cache = true,
+                   .graphs = true,
+                   .policy = settings[_i][0],
+                   .policy_options = settings[_i][1]};
     how.device = "cpu";
     roll(&how, want, NULL);
     how.device = "cuda";
