@@ -8,13 +8,7 @@
 #include "tests/test_util.h"
 
 #define DIM 6
-static const char *const names_of_places[DIM] = {"noop",
-                                                 "forward",
-                                                 "left",
-                                                 "strafe-left",
-                                                 "cameraX",
-                                                 "s\xc3\xbc"
-                                                 "d"};
+static const char *const names_of_places[DIM] = {"noop", "forward", "left", "strafe-left", "cameraX", "s\303\274d"};
 static const rf_action_names names = {DIM, names_of_places};
 
 typedef struct {
