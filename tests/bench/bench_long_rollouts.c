@@ -13,6 +13,8 @@
  * Measured  on frames rounded to 8 bits, a mean over a window of 100 frames (a quarter of the rollout if that is less):
  *             difference  mean absolute change of a frame against the one before, where the action moves or turns
  *             Laplacian   mean |4 x - left - right - above - below| of luma
+ *             borders     mean step of luma across the borders of latent pixels over that inside them, both plus one level: a frame
+ *                         that falls apart into patches can have the Laplacian and the colours of a true one
  *             colours     mean and standard deviation over a frame of R, G and B
  * Bounds    from the simulator, every window of 64 other walks of 200 frames in other worlds:
  *             BLANK   Laplacian under half of its 0.1th percentile (checked first)
@@ -57,6 +59,7 @@
 enum {
     STAT_DIFFERENCE = 0,
     STAT_LAPLACIAN,
+    STAT_BORDERS,
     STAT_COLORS, /* means of R, G, B, then deviations */
     NUM_STATS = STAT_COLORS + 6
 };
@@ -110,7 +113,7 @@ typedef struct {
 } window_sums;
 
 typedef struct {
-    int width, height;
+    int width, height, patch_width, patch_height; /* patch: pixels of a latent pixel */
     float *frame, *last, *luma; /* levels 0..255: [3][height][width] twice and [height][width] */
     bool has_last;
     window_sums sums;
@@ -120,9 +123,9 @@ static void clear_window(window_sums *w) {
     *w = (window_sums){.finite = true};
 }
 
-static bool create_watcher(watcher *w, int width, int height) {
+static bool create_watcher(watcher *w, int width, int height, int patch_width, int patch_height) {
     size_t pixels = (size_t)width * (size_t)height;
-    *w = (watcher){.width = width, .height = height};
+    *w = (watcher){.width = width, .height = height, .patch_width = patch_width, .patch_height = patch_height};
     w->frame = rf_alloc_zero(3 * pixels, sizeof(float));
     w->last = rf_alloc_zero(3 * pixels, sizeof(float));
     w->luma = rf_alloc_zero(pixels, sizeof(float));
@@ -165,6 +168,28 @@ static double mean_laplacian(const float *luma, int width, int height) {
     return sum / ((double)(width - 2) * (double)(height - 2));
 }
 
+static double border_ratio(const watcher *w) {
+    double steps[2] = {0, 0};
+    int64_t nums[2] = {0, 0};
+    for (int y = 0; y < w->height; y++) {
+        const float *row = w->luma + (size_t)y * (size_t)w->width;
+        bool below = (y + 1) % w->patch_height == 0;
+        for (int x = 0; x < w->width; x++) {
+            bool right = (x + 1) % w->patch_width == 0;
+            if (x + 1 < w->width) {
+                steps[right] += (double)fabsf(row[x + 1] - row[x]);
+                nums[right]++;
+            }
+            if (y + 1 < w->height) {
+                steps[below] += (double)fabsf(row[x + w->width] - row[x]);
+                nums[below]++;
+            }
+        }
+    }
+    if (nums[0] == 0 || nums[1] == 0) return 1; /* no borders, or nothing else */
+    return (steps[1] / (double)nums[1] + 1) / (steps[0] / (double)nums[0] + 1);
+}
+
 /* Statistics of one frame. difference stays unset where there is none. */
 static void measure_frame(watcher *w, double stats[NUM_STATS]) {
     size_t pixels = (size_t)w->width * (size_t)w->height;
@@ -182,6 +207,7 @@ static void measure_frame(watcher *w, double stats[NUM_STATS]) {
     const float *r = w->frame, *g = r + pixels, *b = g + pixels;
     for (size_t i = 0; i < pixels; i++) w->luma[i] = 0.299F * r[i] + 0.587F * g[i] + 0.114F * b[i];
     stats[STAT_LAPLACIAN] = mean_laplacian(w->luma, w->width, w->height);
+    stats[STAT_BORDERS] = border_ratio(w);
     if (!w->has_last) return;
     double sum = 0;
     for (size_t i = 0; i < 3 * pixels; i++) sum += (double)fabsf(w->frame[i] - w->last[i]);
@@ -265,7 +291,7 @@ static void to_planar(const uint8_t *rgb, float *planar, size_t pixels) {
 }
 
 typedef struct {
-    int width, height, samples, window;
+    int width, height, patch_width, patch_height, samples, window;
 } true_view;
 
 /* A walk through the true world: stats [TRUE_FRAMES][NUM_STATS], moving [TRUE_FRAMES]. */
@@ -274,7 +300,7 @@ static bool measure_true_walk(const true_view *v, uint64_t number, double (*stat
     held_walk walk = {.seed = number};
     maze_world world;
     watcher w;
-    bool ok = create_watcher(&w, v->width, v->height);
+    bool ok = create_watcher(&w, v->width, v->height, v->patch_width, v->patch_height);
     uint8_t *rgb = rf_alloc(3 * pixels);
     float *planar = rf_alloc(3 * pixels * sizeof *planar);
     ok = ok && rgb && planar;
@@ -391,7 +417,7 @@ typedef struct {
     int verdicts[NUM_CHECKPOINTS][NUM_VERDICTS];
     char ends[MAX_BATCH + 1]; /* a mark a rollout */
     int64_t windows, bad_windows;
-    double end_laplacian, end_difference; /* of the last window, mean over rollouts */
+    double end_laplacian, end_difference, end_borders; /* of the last window, mean over rollouts */
     double seconds;                       /* making and reading frames */
     memory_use early, late;
     bool has_memory;
@@ -428,6 +454,14 @@ typedef struct {
 
 static size_t frame_elems(const bench *b) {
     return 3 * (size_t)b->info.frame_width * (size_t)b->info.frame_height;
+}
+
+static int patch_width(const bench *b) {
+    return b->info.frame_width / b->info.latent_width;
+}
+
+static int patch_height(const bench *b) {
+    return b->info.frame_height / b->info.latent_height;
 }
 
 static size_t latent_elems(const bench *b) {
@@ -519,7 +553,7 @@ static void watch_all(bench *b) {
 
 /* A window ends at `frame`. */
 static void judge_all(bench *b, int frame, run_result *r) {
-    double laplacian = 0, difference = 0;
+    double laplacian = 0, difference = 0, borders = 0;
     int num_moving = 0;
     for (int i = 0; i < b->batch; i++) {
         double means[NUM_STATS];
@@ -527,6 +561,7 @@ static void judge_all(bench *b, int frame, run_result *r) {
         verdict v = judge(sums, &b->bounds);
         window_means(sums, means);
         laplacian += means[STAT_LAPLACIAN];
+        borders += means[STAT_BORDERS];
         if (sums->num_moving > 0) difference += means[STAT_DIFFERENCE];
         num_moving += sums->num_moving > 0;
         b->marks[i] = verdict_marks[v];
@@ -536,6 +571,7 @@ static void judge_all(bench *b, int frame, run_result *r) {
         clear_window(&b->watchers[i].sums);
     }
     r->end_laplacian = laplacian / b->batch;
+    r->end_borders = borders / b->batch;
     r->end_difference = num_moving > 0 ? difference / num_moving : (double)NAN;
     memcpy(r->ends, b->marks, (size_t)b->batch);
     r->ends[b->batch] = 0;
@@ -650,7 +686,8 @@ static void print_head(const bench *b) {
         "noise over %.2f)\n",
         TRUE_WALKS, b->bounds.mean[STAT_DIFFERENCE], b->bounds.low[STAT_DIFFERENCE], b->bounds.high[STAT_DIFFERENCE],
         b->bounds.mean[STAT_LAPLACIAN], b->bounds.low[STAT_LAPLACIAN], b->bounds.high[STAT_LAPLACIAN]);
-    printf("Allowed means of R, G, B");
+    printf("Borders %.3f (noise over %.3f)", b->bounds.mean[STAT_BORDERS], b->bounds.high[STAT_BORDERS]);
+    printf("; allowed means of R, G, B");
     for (int i = STAT_COLORS; i < NUM_STATS; i++)
         printf("%s %.0f..%.0f",
                i == STAT_COLORS + 3 ? "; deviations"
@@ -659,9 +696,9 @@ static void print_head(const bench *b) {
                b->bounds.low[i], b->bounds.high[i]);
     printf("\n\n| setting | frames/s |");
     for (int c = 0; c < NUM_CHECKPOINTS; c++) printf(" frozen/noise/blank at %d |", b->checkpoints[c]);
-    printf(" each end | bad windows | difference | Laplacian | device MiB at %d, end | VmRSS MiB at %d, end |\n",
+    printf(" each end | bad windows | difference | Laplacian | borders | device MiB at %d, end | VmRSS MiB at %d, end |\n",
            b->memory_frame, b->memory_frame);
-    printf("|---|---:|---|---|---|---|---:|---:|---:|---:|---:|\n");
+    printf("|---|---:|---|---|---|---|---:|---:|---:|---:|---:|---:|\n");
     fflush(stdout);
 }
 
@@ -670,8 +707,8 @@ static void print_row(const char *name, const bench *b, const run_result *r) {
     for (int c = 0; c < NUM_CHECKPOINTS; c++)
         printf(" %d/%d/%d of %d |", r->verdicts[c][VERDICT_FROZEN], r->verdicts[c][VERDICT_NOISE],
                r->verdicts[c][VERDICT_BLANK], b->batch);
-    printf(" `%s` | %lld of %lld | %.2f | %.2f |", r->ends, (long long)r->bad_windows, (long long)r->windows,
-           r->end_difference, r->end_laplacian);
+    printf(" `%s` | %lld of %lld | %.2f | %.2f | %.3f |", r->ends, (long long)r->bad_windows, (long long)r->windows,
+           r->end_difference, r->end_laplacian, r->end_borders);
     if (r->has_memory) {
         const double mib = 1024 * 1024;
         printf(" %.3f, %.3f | %.2f, %.2f |\n", (double)r->early.device_bytes / mib, (double)r->late.device_bytes / mib,
@@ -768,7 +805,7 @@ static rf_status feed_walk(const true_view *v, const true_bounds *bounds, uint64
     held_walk walk = {.seed = number};
     maze_world world;
     watcher w;
-    bool ok = create_watcher(&w, v->width, v->height);
+    bool ok = create_watcher(&w, v->width, v->height, v->patch_width, v->patch_height);
     uint8_t *rgb = rf_alloc(3 * pixels);
     float *planar = rf_alloc(3 * pixels * sizeof *planar), *first = rf_alloc(3 * pixels * sizeof *first);
     ok = ok && rgb && planar && first;
@@ -823,7 +860,7 @@ static int selftest(void) {
         {"white noise", VERDICT_NOISE}, {"static noise", VERDICT_FROZEN}, {"blobs", VERDICT_NOISE},
         {"grey", VERDICT_BLANK},        {"washed out", VERDICT_BLANK},    {"faded to red", VERDICT_NOISE},
         {"NaN", VERDICT_NOISE}};
-    const true_view view = {.width = 32, .height = 32, .samples = 2, .window = MAX_WINDOW};
+    const true_view view = {.width = 32, .height = 32, .patch_width = 4, .patch_height = 4, .samples = 2, .window = MAX_WINDOW};
     const int num_walks = 6;
     true_bounds bounds;
     rf_error err = {0};
@@ -878,7 +915,7 @@ static rf_status allocate(bench *b, rf_error *err) {
     bool ok = b->mazes && b->walks && b->actions && b->watchers && b->marks && b->seeds && b->rows && b->latents &&
               b->frames && b->rendered;
     for (int i = 0; i < b->batch && ok; i++)
-        ok = create_watcher(&b->watchers[i], b->info.frame_width, b->info.frame_height);
+        ok = create_watcher(&b->watchers[i], b->info.frame_width, b->info.frame_height, patch_width(b), patch_height(b));
     return ok ? RF_OK : rf_fail(err, RF_ERR_MEMORY, "out of memory for %d rollouts", b->batch);
 }
 
@@ -924,7 +961,12 @@ static rf_status run_all(bench *b, const char *device, const char *dtype_name, i
     plan_frames(b);
     RF_TRY(allocate(b, err));
     RF_TRY(create_sheet(b, err));
-    const true_view view = {b->info.frame_width, b->info.frame_height, RENDER_SAMPLES, b->window};
+    const true_view view = {.width = b->info.frame_width,
+                            .height = b->info.frame_height,
+                            .patch_width = patch_width(b),
+                            .patch_height = patch_height(b),
+                            .samples = RENDER_SAMPLES,
+                            .window = b->window};
     RF_TRY(calibrate(&b->bounds, &view, err));
     print_head(b);
     RF_TRY(run_setting(b, &truth, 0, &true_result, err));
