@@ -582,9 +582,11 @@ extern "C" int rf_gemm_skinny_default(rf_stream *stream, const rf_gemm_args *a) 
         a->n * a->k < INT64_C(1) << 19 || a->n * a->k > INT64_C(1) << 23)
         return -1;
     /* above 64 rows cuBLASLt wins where n alone gives it enough tiles (docs/performance.md) */
-    if (a->m > 64 && (a->n > 2048 || a->k < 2 * a->n || a->m > 192)) return -1;
+    const bool small = a->m > 64 && a->n <= 1536 && a->k <= 1536;
+    if (a->m > 64 && !small && (a->n > 2048 || a->k < 2 * a->n || a->m > 192)) return -1;
+    if (small && a->m > 192) return -1;
     const int num_sms = rf_backend_num_sms(rf_stream_backend(stream)), token_tiles = a->m > 256 ? 2 : 1;
-    for (int wg = 2; wg >= 1; wg--) {
+    for (int wg = small ? 1 : 2; wg >= 1; wg--) {
         int best = -1, best_blocks = 0;
         for (int i = 0; i < NUM_CONFIGS; i++) {
             int resident = 0, clusters = 0;
@@ -592,6 +594,7 @@ extern "C" int rf_gemm_skinny_default(rf_stream *stream, const rf_gemm_args *a) 
             if (rf_gemm_skinny_residency(stream, a, i, &resident, &clusters, NULL) != RF_OK || clusters > resident)
                 continue;
             const int blocks = clusters * configs[i].split;
+            if (small && blocks >= 48 && blocks <= num_sms) return i; /* the smallest split: its sums cost least */
             if (blocks <= num_sms && blocks > best_blocks) {
                 best = i;
                 best_blocks = blocks;

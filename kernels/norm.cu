@@ -4,9 +4,10 @@
  *          y = ((n * weight + bias) * (1 + scale) + shift) rounded. Two passes over registers: mean, then sums of d
  *          and d^2 with d = s - mean; the sum of d takes back the rounding of the mean.
  * Shapes   x [., cols], terms, y [num_rows, cols]; cols % 4 == 0, <= 16384; modulation offsets and stride % 4 == 0.
- * Launch   cols <= 1152: a warp per row, 4 rows a block; above: a block of 128 to 512 threads per row. The row lives in
- *          registers, NV vectors of four a thread, and all its loads, tables included, are issued before the first
- *          reduction.
+ * Launch   Few rows: a block of 128 or 256 threads per row, so that a latency of memory and two reductions are all there is.
+ *          Else cols <= 1152: a warp per row, 4 rows a block; above: a block of 128 to 512 threads per row. The row lives
+ *          in registers, NV vectors of four a thread, and all its loads, tables included, are issued before the first
+ *          reduction. The shape, and with it the order of the sums, follows from rows, cols and the number of SMs alone.
  * Cost     bandwidth bound: (terms + 3) * rows * cols elements; 512 x 1152 is one wave and pays a load latency.
  * Arch     sm_80 and later.  Checked  tests/kernels against the CPU table. */
 #include <cuda_runtime.h>
@@ -55,6 +56,48 @@ template <class T, int ROW_THREADS, int NV> struct row_part {
     }
 };
 
+/* Sums of a and of b over the row's threads, the same bits in each. A warp's part goes to shared, which is used once: one
+ * barrier is enough. */
+template <int NUM_WARPS>
+static __device__ __forceinline__ void row_sums(float &a, float &b, float *shared_a, float *shared_b) {
+#pragma unroll
+    for (int mask = 16; mask > 0; mask >>= 1) {
+        a += __shfl_xor_sync(0xffffffffu, a, mask);
+        b += __shfl_xor_sync(0xffffffffu, b, mask);
+    }
+    if (NUM_WARPS == 1) return;
+    if ((threadIdx.x & 31) == 0) {
+        shared_a[threadIdx.x >> 5] = a;
+        shared_b[threadIdx.x >> 5] = b;
+    }
+    __syncthreads(); /* every warp's part is there */
+    a = b = 0.0f;
+#pragma unroll
+    for (int i = 0; i < NUM_WARPS; i++) {
+        a += shared_a[i];
+        b += shared_b[i];
+    }
+}
+template <int NUM_WARPS> static __device__ __forceinline__ float row_sum(float v, float *shared) {
+    v = rf_warp_sum(v);
+    if (NUM_WARPS == 1) return v;
+    if ((threadIdx.x & 31) == 0) shared[threadIdx.x >> 5] = v;
+    __syncthreads(); /* every warp's part is there */
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < NUM_WARPS; i++) sum += shared[i];
+    return sum;
+}
+
+/* Brings a kernel argument's line into the constant cache. */
+static __device__ __forceinline__ void touch(int64_t argument) {
+    asm volatile("" ::"l"(argument));
+}
+
+static __device__ __forceinline__ uint32_t group_of(const rf_modulation &mod, int64_t row) {
+    return mod.rows_per_group > 0 ? (uint32_t)row / (uint32_t)mod.rows_per_group : 0;
+}
+
 /* Where terms lie. PLAIN: row i of every term is row i. STATE: term_group or extra is given (and rows is not). LISTED: term_rows
  * or store is given (and rows is). */
 enum term_form { PLAIN, STATE, LISTED };
@@ -65,14 +108,27 @@ static __global__ void __launch_bounds__(ROW_THREADS == 32 ? 128 : ROW_THREADS)
     residual_norm_kernel(const __grid_constant__ rf_residual_args p, const bool write_x) {
     constexpr int ROWS = ROW_THREADS == 32 ? 4 : 1;
     constexpr bool EARLY = ROW_THREADS < 512; /* registers hold the tables' part beside the row */
-    __shared__ float shared[3][ROW_THREADS / 32];
+    constexpr bool ALL_EARLY = NV <= 2;       /* and everything else's */
+    __shared__ alignas(16) float shared[3][ROW_THREADS / 32];
     const int lane = threadIdx.x % ROW_THREADS;
     const int64_t i = (int64_t)blockIdx.x * ROWS + threadIdx.x / ROW_THREADS;
+    const int cols = (int)p.cols;
+    const bool has_norm = p.norm_y != NULL, modulated = has_norm && (p.norm_shift >= 0 || p.norm_scale >= 0);
+    const bool gated = (p.gate >= 0 && p.num_terms > 0) || (FORM == STATE && p.extra && p.extra_gate >= 0);
+    uint32_t gate_group = group_of(p.gate_mod, i), norm_group = group_of(p.norm_mod, i);
+    touch((int64_t)p.x), touch((int64_t)p.weights), touch((int64_t)p.rows), touch(p.norm_shift);
+    touch(gate_group), touch(norm_group);
     rf_wait_for_previous();
     if (i >= p.num_rows) return; /* a whole warp or block */
-    const int64_t row = p.rows ? p.rows[i] : i;
-    const int cols = (int)p.cols;
-    const bool has_norm = p.norm_y != NULL;
+    int64_t row = i;
+    if (p.rows) {
+        row = p.rows[i];
+        gate_group = group_of(p.gate_mod, row), norm_group = group_of(p.norm_mod, row);
+    }
+    /* on their way together with the rows; first used when those have been sent for */
+    int32_t gate_at = (int32_t)gate_group, norm_at = (int32_t)norm_group;
+    if (gated && p.gate_mod.index) gate_at = p.gate_mod.index[gate_group];
+    if (modulated && p.norm_mod.index) norm_at = p.norm_mod.index[norm_group];
 
     X *const x_row = (X *)p.x + row * cols;
     float s[NV][4];
@@ -82,11 +138,20 @@ static __global__ void __launch_bounds__(ROW_THREADS == 32 ? 128 : ROW_THREADS)
     if (!p.base) x_part.load(x_row, lane, cols);
     row_part<T, ROW_THREADS, NV> shift, scale;
     const T *shift_row = NULL, *scale_row = NULL;
-    if (has_norm && (p.norm_shift >= 0 || p.norm_scale >= 0)) {
-        const T *const table = (const T *)p.norm_mod.table + rf_modulation_offset(p.norm_mod, row);
+    const auto find_tables = [&]() {
+        if (!modulated) return;
+        const T *const table = (const T *)p.norm_mod.table + norm_at * p.norm_mod.stride;
         if (p.norm_shift >= 0) shift_row = table + p.norm_shift;
         if (p.norm_scale >= 0) scale_row = table + p.norm_scale;
-    }
+    };
+    const auto gate_table = [&](int64_t column) {
+        return (const T *)p.gate_mod.table + gate_at * p.gate_mod.stride + column;
+    };
+    row_part<float, ROW_THREADS, NV> norm_weight, norm_bias;
+    if (ALL_EARLY && has_norm && p.norm_weight) norm_weight.load(p.norm_weight, lane, cols);
+    if (ALL_EARLY && has_norm && p.norm_bias) norm_bias.load(p.norm_bias, lane, cols);
+    row_part<Y, ROW_THREADS, NV> extra; /* of form STATE */
+    row_part<T, ROW_THREADS, NV> extra_gate;
 
     uint32_t term_row = (uint32_t)i;
     if constexpr (FORM == LISTED)
@@ -101,9 +166,15 @@ static __global__ void __launch_bounds__(ROW_THREADS == 32 ? 128 : ROW_THREADS)
         } else if (weights && p.weight_row) {
             weights += (int64_t)p.weight_row[i] * p.num_terms;
         }
+        row_part<T, ROW_THREADS, NV> gate;
+        if (ALL_EARLY && p.extra) {
+            extra.load((const Y *)p.extra + (int64_t)term_row * cols, lane, cols);
+            if (p.extra_gate >= 0) extra_gate.load(gate_table(p.extra_gate), lane, cols);
+        }
         const T *gate_row = NULL;
-        if (p.gate >= 0 && p.num_terms > 0)
-            gate_row = (const T *)p.gate_mod.table + rf_modulation_offset(p.gate_mod, row) + p.gate;
+        if (p.gate >= 0 && p.num_terms > 0) gate_row = gate_table(p.gate);
+        find_tables();
+        if (ALL_EARLY && gate_row) gate.load(gate_row, lane, cols);
         if (EARLY && scale_row) scale.load(scale_row, lane, cols);
         if (EARLY && shift_row) shift.load(shift_row, lane, cols);
 #pragma unroll 1
@@ -123,8 +194,7 @@ static __global__ void __launch_bounds__(ROW_THREADS == 32 ? 128 : ROW_THREADS)
             }
         }
         if (gate_row) {
-            row_part<T, ROW_THREADS, NV> gate;
-            gate.load(gate_row, lane, cols);
+            if (!ALL_EARLY) gate.load(gate_row, lane, cols);
 #pragma unroll
             for (int v = 0; v < NV; v++) {
                 if ((v * ROW_THREADS + lane) * 4 < cols) {
@@ -142,7 +212,8 @@ static __global__ void __launch_bounds__(ROW_THREADS == 32 ? 128 : ROW_THREADS)
         row_part<Y, ROW_THREADS, NV> term;
         term.load((const Y *)p.terms[0] + (FORM == LISTED ? (int64_t)term_row : i) * cols, lane, cols);
         const T *gate_row = NULL;
-        if (p.gate >= 0) gate_row = (const T *)p.gate_mod.table + rf_modulation_offset(p.gate_mod, row) + p.gate;
+        if (p.gate >= 0) gate_row = gate_table(p.gate);
+        find_tables();
         if (EARLY && gate_row) gate.load(gate_row, lane, cols);
         if (EARLY && scale_row) scale.load(scale_row, lane, cols);
         if (EARLY && shift_row) shift.load(shift_row, lane, cols);
@@ -175,9 +246,10 @@ static __global__ void __launch_bounds__(ROW_THREADS == 32 ? 128 : ROW_THREADS)
                 }
             }
         }
-    } else if (EARLY) {
-        if (scale_row) scale.load(scale_row, lane, cols);
-        if (shift_row) shift.load(shift_row, lane, cols);
+    } else {
+        find_tables();
+        if (EARLY && scale_row) scale.load(scale_row, lane, cols);
+        if (EARLY && shift_row) shift.load(shift_row, lane, cols);
     }
 
     /* s = base + sum; columns past the end stay 0 */
@@ -210,16 +282,20 @@ static __global__ void __launch_bounds__(ROW_THREADS == 32 ? 128 : ROW_THREADS)
     if constexpr (FORM == STATE) {
         if (p.extra) {
             const Y *const extra_row = (const Y *)p.extra + (int64_t)term_row * cols;
+            const bool extra_gated = p.extra_gate >= 0;
             const T *gate_row = NULL;
-            if (p.extra_gate >= 0)
-                gate_row = (const T *)p.gate_mod.table + rf_modulation_offset(p.gate_mod, row) + p.extra_gate;
+            if (!ALL_EARLY && extra_gated) gate_row = gate_table(p.extra_gate);
 #pragma unroll
             for (int v = 0; v < NV; v++) {
                 const int c = (v * ROW_THREADS + lane) * 4;
                 if (c < cols) {
                     float f[4], g[4] = {1.0f, 1.0f, 1.0f, 1.0f};
-                    rf_load4(extra_row + c, f);
-                    if (gate_row) rf_load4(gate_row + c, g);
+                    if (!ALL_EARLY) {
+                        extra.raw[v].load(extra_row + c);
+                        if (extra_gated) extra_gate.raw[v].load(gate_row + c);
+                    }
+                    extra.raw[v].unpack(f);
+                    if (extra_gated) extra_gate.raw[v].unpack(g);
 #pragma unroll
                     for (int k = 0; k < 4; k++) s[v][k] = __fadd_rn(s[v][k], __fmul_rn(g[k], f[k]));
                 }
@@ -241,7 +317,7 @@ static __global__ void __launch_bounds__(ROW_THREADS == 32 ? 128 : ROW_THREADS)
         float sum = 0.0f;
 #pragma unroll
         for (int v = 0; v < NV; v++) sum += (s[v][0] + s[v][1]) + (s[v][2] + s[v][3]);
-        mean = rf_block_sum<ROW_THREADS / 32>(sum, shared[0]) * inv_cols;
+        mean = row_sum<ROW_THREADS / 32>(sum, shared[0]) * inv_cols;
     }
     float sum_d = 0.0f, sum_d2 = 0.0f;
 #pragma unroll
@@ -255,9 +331,8 @@ static __global__ void __launch_bounds__(ROW_THREADS == 32 ? 128 : ROW_THREADS)
             }
         }
     }
-    sum_d2 = rf_block_sum<ROW_THREADS / 32>(sum_d2, shared[1]);
-    float rest = 0.0f; /* what rounding left of the mean */
-    if (p.norm_kind == RF_NORM_LAYER) rest = rf_block_sum<ROW_THREADS / 32>(sum_d, shared[2]) * inv_cols;
+    row_sums<ROW_THREADS / 32>(sum_d2, sum_d, shared[1], shared[2]);
+    const float rest = p.norm_kind == RF_NORM_LAYER ? sum_d * inv_cols : 0.0f; /* what rounding left of the mean */
     const float var = fmaxf(sum_d2 * inv_cols - rest * rest, 0.0f);
     const float inv_std = 1.0f / sqrtf(var + p.norm_eps);
 
@@ -271,7 +346,8 @@ static __global__ void __launch_bounds__(ROW_THREADS == 32 ? 128 : ROW_THREADS)
             const int c = (v * ROW_THREADS + lane) * 4;
             if (c < cols) {
                 float f[4];
-                rf_load4(p.norm_weight + c, f);
+                if (!ALL_EARLY) norm_weight.raw[v].load(p.norm_weight + c);
+                norm_weight.raw[v].unpack(f);
 #pragma unroll
                 for (int k = 0; k < 4; k++) s[v][k] *= f[k];
             }
@@ -283,7 +359,8 @@ static __global__ void __launch_bounds__(ROW_THREADS == 32 ? 128 : ROW_THREADS)
             const int c = (v * ROW_THREADS + lane) * 4;
             if (c < cols) {
                 float f[4];
-                rf_load4(p.norm_bias + c, f);
+                if (!ALL_EARLY) norm_bias.raw[v].load(p.norm_bias + c);
+                norm_bias.raw[v].unpack(f);
 #pragma unroll
                 for (int k = 0; k < 4; k++) s[v][k] += f[k];
             }
@@ -320,8 +397,12 @@ template <class X, class Y, class T, term_form FORM>
 static rf_status launch(rf_stream *stream, const char *label, const rf_residual_args &p, bool write_x, rf_error *err) {
     const int64_t cols = p.cols;
     const dim3 rows((unsigned)p.num_rows);
+    const int64_t num_sms = rf_backend_num_sms(rf_stream_backend(stream));
     /* few rows would leave most of the card idle: a block per row, short chains of loads */
-    if (cols > 256 && cols <= 1536 && p.num_rows <= 8 * rf_backend_num_sms(rf_stream_backend(stream)))
+    if (cols > 512 && cols <= 2048 && p.num_rows <= 2 * num_sms)
+        return rf_launch_early(stream, label, err, residual_norm_kernel<X, Y, T, 256, 2, FORM>, rows, dim3(256), 0, p,
+                               write_x);
+    if (cols > 256 && cols <= 1536 && p.num_rows <= 8 * num_sms)
         return rf_launch_early(stream, label, err, residual_norm_kernel<X, Y, T, 128, 3, FORM>, rows, dim3(128), 0, p,
                                write_x);
     if (cols <= 512) /* a warp per row, four rows a block */

@@ -49,6 +49,11 @@ static const norm_case norm_cases[] = {
     {2, 16384, RF_NORM_LAYER, false, false, true, true, false, false, 2, 0},
     {8, 1152, RF_NORM_LAYER, false, false, true, true, true, false, 4, 100},
     {8, 640, RF_NORM_LAYER, true, true, false, false, false, false, 4, -1000},
+    /* few, some and many rows: other shapes of block on CUDA */
+    {144, 1024, RF_NORM_LAYER, false, false, true, true, true, false, 144, 0},
+    {31, 2044, RF_NORM_RMS, true, true, true, true, false, true, 4, 0},
+    {300, 1028, RF_NORM_LAYER, true, true, true, true, true, false, 16, 50},
+    {1100, 1028, RF_NORM_LAYER, false, true, true, false, true, false, 16, 0},
 };
 #define NUM_NORM_CASES ((int)(sizeof norm_cases / sizeof norm_cases[0]))
 
@@ -153,6 +158,9 @@ static const residual_case residual_cases[] = {
     {7, 128, 4, false, false, false, true, true, false, RF_NORM_LAYER, false, false},
     {1, 4096, 5, true, false, false, false, false, true, RF_NORM_RMS, true, false},
     {2, 16384, 1, false, false, false, true, false, true, RF_NORM_LAYER, false, true},
+    {144, 1024, 1, false, false, false, true, false, true, RF_NORM_LAYER, false, true},
+    {144, 1024, 2, true, true, true, true, true, true, RF_NORM_LAYER, true, true},
+    {270, 1028, 1, false, false, false, true, false, true, RF_NORM_LAYER, true, true},
 };
 #define NUM_RESIDUAL_CASES ((int)(sizeof residual_cases / sizeof residual_cases[0]))
 #define BASE_PERIOD        8
