@@ -13,6 +13,7 @@
 #include <string.h>
 
 #include "caching/features/features.h"
+#include "caching/rows/rows.h"
 #include "core/memory.h"
 #include "core/text.h"
 
@@ -24,6 +25,11 @@ static const rf_policy_def *const policies[] = {
     &rf_policy_adacache, &rf_policy_worldcache, &rf_policy_fbcache,    &rf_policy_dbcache,  &rf_policy_deltacache,
     &rf_policy_fora,     &rf_policy_taylorseer, &rf_policy_hicache,    &rf_policy_speca,    &rf_policy_pab,
     &rf_policy_toca,     &rf_policy_duca,       &rf_policy_diffsparse, &rf_policy_replay,   &rf_policy_measure,
+};
+
+static const rf_policy_def *const row_policies[] = {
+    &rf_policy_prefix, &rf_policy_dual,       &rf_policy_window,  &rf_policy_freecache,
+    &rf_policy_dkv,    &rf_policy_dllm_cache, &rf_policy_elastic, &rf_policy_vicinity,
 };
 
 typedef struct {
@@ -47,9 +53,20 @@ const rf_policy_def *rf_policy_at(int index) {
     return index >= 0 && index < rf_policy_count() ? policies[index] : NULL;
 }
 
+int rf_row_policy_count(void) {
+    return (int)(sizeof row_policies / sizeof row_policies[0]);
+}
+
+const rf_policy_def *rf_row_policy_at(int index) {
+    return index >= 0 && index < rf_row_policy_count() ? row_policies[index] : NULL;
+}
+
 const rf_policy_def *rf_policy_find(const char *name) {
     for (int i = 0; name && i < rf_policy_count(); i++) {
         if (strcmp(policies[i]->name, name) == 0) return policies[i];
+    }
+    for (int i = 0; name && i < rf_row_policy_count(); i++) {
+        if (strcmp(row_policies[i]->name, name) == 0) return row_policies[i];
     }
     return NULL;
 }
@@ -200,19 +217,27 @@ static rf_status unknown_option(const rf_policy *p, const char *key, size_t len,
 
 /* ---- life ---- */
 
+/* Names of one family as a list, each offered as what was meant. */
+static void list_names(const rf_policy_def *const *defs, int num, nearest *near, char *list, size_t bytes) {
+    list[0] = 0;
+    for (int i = 0; i < num; i++) {
+        size_t len = strlen(defs[i]->name);
+        nearest_offer(near, defs[i]->name, len);
+        append(list, bytes, defs[i]->name, len);
+    }
+}
+
 rf_status rf_policy_create(rf_policy **out, const char *name, rf_error *err) {
     *out = NULL;
     const rf_policy_def *def = rf_policy_find(name);
     if (!def) {
-        size_t len = strlen(name);
-        nearest near = nearest_begin(name, len);
-        char list[384] = "", hint[96];
-        for (int i = 0; i < rf_policy_count(); i++) {
-            nearest_offer(&near, policies[i]->name, strlen(policies[i]->name));
-            append(list, sizeof list, policies[i]->name, strlen(policies[i]->name));
-        }
+        nearest near = nearest_begin(name, strlen(name));
+        char list[384], rows[128], hint[96];
+        list_names(policies, rf_policy_count(), &near, list, sizeof list);
+        list_names(row_policies, rf_row_policy_count(), &near, rows, sizeof rows);
         nearest_say(&near, hint, sizeof hint);
-        return rf_fail(err, RF_ERR_ARGUMENT, "no policy '%.60s'%s (policies: %s)", name, hint, list);
+        return rf_fail(err, RF_ERR_ARGUMENT, "no policy '%.60s'%s (policies: %s) (row policies of text: %s)", name,
+                       hint, list, rows);
     }
     if (def->num_options > RF_POLICY_MAX_OPTIONS) {
         return rf_fail(err, RF_ERR_STATE, "policy %s has %d options, at most %d are possible", def->name,

@@ -1,4 +1,7 @@
-/* caching/policy.h - what a feature-caching policy is: rules on the host, for one image, with no model in sight.
+/* caching/policy.h - what a caching policy is: rules on the host, for one image, with no model in sight.
+ *
+ * Two families have one list and one way to take options: feature policies of denoisers, which this file is about, and row policies of
+ * diffusion language models (caching/rows/rows.h).
  *
  * Three things make a policy (rf_policy_def): options; `setup`, which looks at the shape of a run and declares what state the
  * runtime (caching/cache.h) must keep and what it must measure; and `plan`, which says once per denoising step what is
@@ -232,8 +235,8 @@ typedef struct {
 
 typedef struct rf_policy_def {
     const char *name;
-    const char *family;  /* "feature" */
-    const char *level;   /* "step", "block", "part", "token", "replay" */
+    const char *family;  /* "feature", "row" */
+    const char *level;   /* "step", "block", "part", "token", "replay"; "row" */
     const char *paper;   /* title, arXiv number */
     const char *summary; /* one line */
     const char *fits;    /* which models and samplers */
@@ -246,12 +249,16 @@ typedef struct rf_policy_def {
     bool (*wants_signals)(const rf_policy *policy, const void *state, const rf_step_ctx *ctx);
     void (*plan)(const rf_policy *policy, void *state, const rf_step_ctx *ctx, rf_step_plan *plan);
     void (*plan_probe)(const rf_policy *policy, void *state, const rf_step_ctx *ctx, rf_step_plan *plan);
+    const struct rf_row_rules *rows; /* family "row", else NULL; setup refuses then, and there is no plan */
 } rf_policy_def;
 
-/* All policies, in the order in which they are listed for people. */
+/* The feature policies, in the order in which they are listed for people. */
 int rf_policy_count(void);
-const rf_policy_def *rf_policy_at(int index);
-const rf_policy_def *rf_policy_find(const char *name); /* NULL if there is none */
+const rf_policy_def *rf_policy_at(int index); /* NULL past the end */
+/* The row policies, likewise. */
+int rf_row_policy_count(void);
+const rf_policy_def *rf_row_policy_at(int index);
+const rf_policy_def *rf_policy_find(const char *name); /* of both families; NULL if there is none */
 
 /* --- for policies -------------------------------------------------------------------------------------------------------- */
 

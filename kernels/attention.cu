@@ -1,12 +1,14 @@
 /* kernels/attention.cu - the attention entry point: which kernel runs; and the two small companions, merge and softmax.
- * Choice   f32: the plain kernel. bf16: wgmma where it is faster (sm_90, dense keys, no mask, at least 64 query rows),
- *          else mma.sync with the tile that its own chooser picks. args->kernel forces one; what it cannot run is an
- *          error. With rotary positions: the kernel of few keys, which AUTO does not use without them.
+ * Choice   f32: the plain kernel. bf16: the decode kernel for few query rows against many keys and for every output but a
+ *          plain one (f32, listed rows, joined); wgmma where it is faster (sm_90, dense keys, no mask, at least 64 query
+ *          rows); else mma.sync with the tile that its own chooser picks. args->kernel forces one; what it cannot run is
+ *          an error. With rotary positions: the kernel of few keys, which AUTO does not use without them.
  * Checked  tests/kernels against the CPU table. */
 #include <cuda_runtime.h>
 #include <limits.h>
 #include <math.h>
 
+#include "kernels/attention_checks.h"
 #include "kernels/attention_cuda.cuh"
 #include "kernels/checks.h"
 #include "kernels/device.cuh"
@@ -56,6 +58,14 @@ rf_attention_params rf_attention_make_params(const rf_attention_args *args) {
     p.mask = args->mask;
     p.causal_block = args->causal_block;
     p.q_pos_offset = args->q_pos_offset;
+    p.q_pos_offsets = args->q_pos_offsets;
+    p.out_rows = args->out_rows;
+    p.join_rows = args->join_rows;
+    p.join_out = args->join_out;
+    p.join_lse = args->join_lse;
+    p.lse_slots = args->out_rows ? args->lse_slots : args->q_len;
+    p.join_slots = args->join_slots;
+    p.out_is_f32 = args->out_is_f32 || args->dtype == RF_DTYPE_F32;
     p.scale_log2 = args->softmax_scale * 1.4426950408889634f;
     p.num_splits = 1;
     return p;
@@ -76,9 +86,13 @@ rf_status rf_attention_check_strides(const rf_attention_args *args, rf_error *er
 /* The one place that says which kernel runs, and whether one can. sm, num_sms: 0 where no device is known (plan time).
  * */
 static rf_status choose(const rf_attention_args *args, int sm, int num_sms, rf_attention_kernel *kernel,
-                        rf_attention_mma_plan *plan, rf_error *err) {
+                        rf_attention_mma_plan *plan, rf_attention_decode_plan *decode, rf_error *err) {
+    const bool other_out = rf_attention_has_other_out(args);
     if (args->rope && args->kernel != RF_ATTENTION_AUTO && args->kernel != RF_ATTENTION_SMALL)
         return rf_fail(err, RF_ERR_UNSUPPORTED, "attention: the forced kernel knows no rotary positions");
+    if (other_out && (args->rope || (args->kernel != RF_ATTENTION_AUTO && args->kernel != RF_ATTENTION_DECODE)))
+        return rf_fail(err, RF_ERR_UNSUPPORTED, "attention: %s knows no f32 output, out_rows or join",
+                       args->rope ? "the kernel of rotary positions" : "the forced kernel");
     if (args->rope || args->kernel == RF_ATTENTION_SMALL) {
         *kernel = RF_ATTENTION_SMALL;
         return rf_attention_small_check(args, err);
@@ -91,6 +105,15 @@ static rf_status choose(const rf_attention_args *args, int sm, int num_sms, rf_a
         *kernel = RF_ATTENTION_AUTO; /* the plain kernel */
         return rf_attention_f32_check(args, err);
     }
+    if (args->kernel == RF_ATTENTION_DECODE || (args->kernel == RF_ATTENTION_AUTO && other_out)) {
+        *kernel = RF_ATTENTION_DECODE;
+        return rf_attention_decode_choose(args, sm, num_sms, decode, err);
+    }
+    if (args->kernel == RF_ATTENTION_AUTO && rf_attention_decode_wins(args) &&
+        rf_attention_decode_choose(args, sm, num_sms, decode, NULL) == RF_OK) {
+        *kernel = RF_ATTENTION_DECODE;
+        return RF_OK;
+    }
     if (args->kernel == RF_ATTENTION_AUTO && sm == 90 && rf_attention_wgmma_wins(args) &&
         rf_attention_wgmma_check(args, sm, NULL) == RF_OK) {
         *kernel = RF_ATTENTION_WGMMA;
@@ -101,9 +124,9 @@ static rf_status choose(const rf_attention_args *args, int sm, int num_sms, rf_a
 }
 
 static rf_status check_pointers(const rf_attention_args *args, rf_error *err) {
-    const void *pointers[5] = {args->q, args->k, args->v, args->out, args->rope};
-    static const char *const names[5] = {"q", "k", "v", "out", "rope"};
-    for (int i = 0; i < 5; i++) {
+    const void *pointers[6] = {args->q, args->k, args->v, args->out, args->rope, args->join_out};
+    static const char *const names[6] = {"q", "k", "v", "out", "rope", "join_out"};
+    for (int i = 0; i < 6; i++) {
         if (!rf_is_aligned(pointers[i], 16))
             return rf_fail(err, RF_ERR_ARGUMENT, "attention: %s must be aligned to 16 bytes on CUDA", names[i]);
     }
@@ -112,24 +135,30 @@ static rf_status check_pointers(const rf_attention_args *args, rf_error *err) {
 
 extern "C" rf_status rf_attention_cuda(rf_stream *stream, const rf_attention_args *args, rf_error *err) {
     rf_status status = stream ? rf_attention_check_run(args, err) : rf_attention_check(args, err);
+    if (status == RF_OK) status = stream ? rf_attention_out_check_run(args, err) : rf_attention_out_check(args, err);
     if (status != RF_OK) return status;
     rf_backend *const backend = stream ? rf_stream_backend(stream) : NULL;
     rf_attention_kernel kernel = RF_ATTENTION_AUTO;
     rf_attention_mma_plan plan = {};
+    rf_attention_decode_plan decode = {};
     status = choose(args, backend ? rf_backend_sm(backend) : 0, backend ? rf_backend_num_sms(backend) : 0, &kernel,
-                    &plan, err);
+                    &plan, &decode, err);
     if (status != RF_OK || args->batch == 0 || args->q_len == 0) return status;
     if (stream) {
         status = check_pointers(args, err);
-        if (status == RF_OK && kernel == RF_ATTENTION_MMA)
-            status = rf_check_workspace("attention", args->workspace, args->workspace_bytes, plan.workspace_bytes, err);
-        if (status == RF_OK && plan.num_splits > 1 && !rf_is_aligned(args->workspace, 16))
+        const size_t need = kernel == RF_ATTENTION_MMA      ? plan.workspace_bytes
+                            : kernel == RF_ATTENTION_DECODE ? decode.workspace_bytes
+                                                            : 0;
+        if (status == RF_OK)
+            status = rf_check_workspace("attention", args->workspace, args->workspace_bytes, need, err);
+        if (status == RF_OK && need > 0 && !rf_is_aligned(args->workspace, 16))
             status = rf_fail(err, RF_ERR_ARGUMENT, "attention: workspace must be aligned to 16 bytes on CUDA");
         if (status != RF_OK) return status;
     }
     switch (kernel) {
     case RF_ATTENTION_MMA: return rf_attention_mma_run(stream, args, &plan, err);
     case RF_ATTENTION_WGMMA: return rf_attention_wgmma_run(stream, args, err);
+    case RF_ATTENTION_DECODE: return rf_attention_decode_run(stream, args, &decode, err);
     case RF_ATTENTION_SMALL: return stream ? rf_attention_small_run(stream, args, err) : RF_OK;
     case RF_ATTENTION_AUTO: break;
     }
@@ -138,19 +167,25 @@ extern "C" rf_status rf_attention_cuda(rf_stream *stream, const rf_attention_arg
 
 extern "C" size_t rf_attention_workspace_cuda(rf_backend *backend, const rf_attention_args *args) {
     if (rf_attention_check(args, NULL) != RF_OK || args->dtype != RF_DTYPE_BF16) return 0;
-    return rf_attention_mma_workspace(args, rf_backend_num_sms(backend));
+    const int sm = rf_backend_sm(backend), num_sms = rf_backend_num_sms(backend);
+    /* Lists may be missing when the size is asked for, and which kernel runs can depend on them: room for both. */
+    const size_t mma = rf_attention_mma_workspace(args, num_sms);
+    rf_attention_decode_plan plan = {};
+    if (rf_attention_decode_choose(args, sm, num_sms, &plan, NULL) != RF_OK) return mma;
+    return mma > plan.workspace_bytes ? mma : plan.workspace_bytes;
 }
 
 /* --- merge -------------------------------------------------------------------------------------------------------- */
 
-/* A warp per (row, head). VEC neighbours a lane. */
-template <class A, class T, int VEC>
+/* A warp per (row, head). VEC neighbours a lane. A, B: types of the two sides, T: of out. */
+template <class A, class B, class T, int VEC>
 static __global__ void __launch_bounds__(128) merge_kernel(const __grid_constant__ rf_attention_merge_args p) {
     const int lane = threadIdx.x & 31;
     const int64_t total = p.rows * p.num_heads, stride = (int64_t)gridDim.x * 4;
     for (int64_t at = (int64_t)blockIdx.x * 4 + (threadIdx.x >> 5); at < total; at += stride) {
-        const int64_t row = at / p.num_heads, lse_at = (at - row * p.num_heads) * p.rows + row;
-        const float lse_a = p.lse_a[lse_at], lse_b = p.lse_b[lse_at];
+        const int64_t row = at / p.num_heads, head = at - row * p.num_heads, lse_at = head * p.rows + row;
+        const int64_t slot = p.slots ? p.slots[row] : row;
+        const float lse_a = p.lse_a[p.slots ? head * p.num_slots + slot : lse_at], lse_b = p.lse_b[lse_at];
         const float top = fmaxf(lse_a, lse_b);
         const float exp_a = lse_a == -INFINITY ? 0.0f : expf(lse_a - top);
         const float exp_b = lse_b == -INFINITY ? 0.0f : expf(lse_b - top);
@@ -162,13 +197,13 @@ static __global__ void __launch_bounds__(128) merge_kernel(const __grid_constant
             float a[VEC], b[VEC], y[VEC];
 #pragma unroll
             for (int k = 0; k < VEC; k++) a[k] = b[k] = 0.0f;
-            const int64_t from = at * p.head_dim + c;
+            const int64_t from = at * p.head_dim + c, from_a = (slot * p.num_heads + head) * p.head_dim + c;
             if constexpr (VEC == 4) { /* an empty side may hold anything: it is not read */
-                if (exp_a != 0.0f) rf_load4((const A *)p.out_a + from, a);
-                if (exp_b != 0.0f) rf_load4((const T *)p.out_b + from, b);
+                if (exp_a != 0.0f) rf_load4((const A *)p.out_a + from_a, a);
+                if (exp_b != 0.0f) rf_load4((const B *)p.out_b + from, b);
             } else {
-                if (exp_a != 0.0f) a[0] = rf_to_f32(((const A *)p.out_a)[from]);
-                if (exp_b != 0.0f) b[0] = rf_to_f32(((const T *)p.out_b)[from]);
+                if (exp_a != 0.0f) a[0] = rf_to_f32(((const A *)p.out_a)[from_a]);
+                if (exp_b != 0.0f) b[0] = rf_to_f32(((const B *)p.out_b)[from]);
             }
 #pragma unroll
             for (int k = 0; k < VEC; k++) y[k] = weight_a * a[k] + weight_b * b[k];
@@ -180,21 +215,26 @@ static __global__ void __launch_bounds__(128) merge_kernel(const __grid_constant
     }
 }
 
-template <class A, class T>
+template <class A, class B, class T>
 static rf_status launch_merge(rf_stream *stream, const rf_attention_merge_args *args, rf_error *err) {
     const bool vectors = args->head_dim % 4 == 0 && rf_is_aligned(args->out_a, 4 * sizeof(A)) &&
-                         rf_is_aligned(args->out_b, 4 * sizeof(T)) && rf_is_aligned(args->out, 4 * sizeof(T));
+                         rf_is_aligned(args->out_b, 4 * sizeof(B)) && rf_is_aligned(args->out, 4 * sizeof(T));
     const dim3 grid(rf_blocks_for(args->rows * args->num_heads, 4));
-    return rf_launch(stream, "attention_merge", err, vectors ? merge_kernel<A, T, 4> : merge_kernel<A, T, 1>, grid,
-                     dim3(128), 0, *args);
+    return rf_launch(stream, "attention_merge", err, vectors ? merge_kernel<A, B, T, 4> : merge_kernel<A, B, T, 1>,
+                     grid, dim3(128), 0, *args);
 }
 
 extern "C" rf_status rf_attention_merge_cuda(rf_stream *stream, const rf_attention_merge_args *args, rf_error *err) {
     rf_status status = stream ? rf_attention_merge_check_run(args, err) : rf_attention_merge_check(args, err);
+    if (status == RF_OK)
+        status = stream ? rf_attention_merge_slots_check_run(args, err) : rf_attention_merge_slots_check(args, err);
     if (status != RF_OK || !stream || args->rows == 0) return status;
-    if (args->dtype == RF_DTYPE_F32) return launch_merge<float, float>(stream, args, err);
-    if (args->out_a_dtype == RF_DTYPE_F32) return launch_merge<float, rf_bf16>(stream, args, err);
-    return launch_merge<rf_bf16, rf_bf16>(stream, args, err);
+    if (args->dtype == RF_DTYPE_F32) return launch_merge<float, float, float>(stream, args, err);
+    if (args->out_a_dtype == RF_DTYPE_F32)
+        return args->out_b_is_f32 ? launch_merge<float, float, rf_bf16>(stream, args, err)
+                                  : launch_merge<float, rf_bf16, rf_bf16>(stream, args, err);
+    return args->out_b_is_f32 ? launch_merge<rf_bf16, float, rf_bf16>(stream, args, err)
+                              : launch_merge<rf_bf16, rf_bf16, rf_bf16>(stream, args, err);
 }
 
 /* --- softmax ------------------------------------------------------------------------------------------------------ */

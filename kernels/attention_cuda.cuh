@@ -26,7 +26,13 @@ typedef struct {
     int32_t group, num_q_heads, num_kv_heads, head_dim, batch;
     int32_t batch_first; /* blockIdx.z counts from here */
     int32_t mask, causal_block, q_pos_offset;
-    float scale_log2; /* softmax_scale * log2(e) */
+    const int32_t *q_pos_offsets; /* [batch], added to q_pos_offset; NULL: zeros */
+    float scale_log2;             /* softmax_scale * log2(e) */
+    /* where results go, and what they are joined with: attention.h; not in the mma, wgmma and small kernels */
+    const int32_t *out_rows, *join_rows;
+    const float *join_out, *join_lse;
+    int64_t lse_slots, join_slots; /* lse_slots: q_len without out_rows */
+    bool out_is_f32;
     int32_t num_splits;
     float *part_out; /* [num_splits, batch, num_kv_heads, num_rows, head_dim], normalised, if num_splits > 1 */
     float *part_lse; /* [num_splits, batch, num_kv_heads, num_rows], base 2 */
@@ -35,6 +41,10 @@ typedef struct {
 /* True if keys are not consecutive rows: a list, or more than one range. */
 static inline bool rf_attention_is_indexed(const rf_attention_args *args) {
     return args->kv_rows != NULL || args->num_ranges > 1;
+}
+/* True if the result is not simply stored in dtype: the decode kernel's and the f32 kernel's work. */
+static inline bool rf_attention_has_other_out(const rf_attention_args *args) {
+    return (args->out_is_f32 && args->dtype != RF_DTYPE_F32) || args->out_rows || args->join_out;
 }
 
 rf_attention_params rf_attention_make_params(const rf_attention_args *args);
@@ -66,6 +76,22 @@ size_t rf_attention_mma_workspace(const rf_attention_args *args, int num_sms);
 /* stream NULL: only prepares the kernel (shared-memory limit), as far as a device is there. */
 rf_status rf_attention_mma_run(rf_stream *stream, const rf_attention_args *args, const rf_attention_mma_plan *plan,
                                rf_error *err);
+
+/* Few queries against many keys (attention_decode.cu), bf16. */
+typedef struct {
+    int row_tile;   /* packed rows of a block: 16, 32 or 64 */
+    int cluster;    /* blocks that share the keys of a row tile and join their parts in shared memory: 1, 2, 4 or 8 */
+    int num_splits; /* clusters that share them; more than 1 needs the workspace and a combine kernel */
+    size_t workspace_bytes;
+} rf_attention_decode_plan;
+
+/* Fills the plan, or says why the kernel cannot take these arguments. Depends on shapes, sm and num_sms (0: unknown) only. */
+rf_status rf_attention_decode_choose(const rf_attention_args *args, int sm, int num_sms, rf_attention_decode_plan *plan,
+                                     rf_error *err);
+/* True if AUTO should prefer it, by shape. */
+bool rf_attention_decode_wins(const rf_attention_args *args);
+rf_status rf_attention_decode_run(rf_stream *stream, const rf_attention_args *args,
+                                  const rf_attention_decode_plan *plan, rf_error *err);
 
 /* Plain f32 kernel. */
 rf_status rf_attention_f32_check(const rf_attention_args *args, rf_error *err);

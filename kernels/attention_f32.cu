@@ -42,8 +42,10 @@ static __global__ void __launch_bounds__(THREADS)
     const bool row_valid = row < p.num_rows;
     const int query = row_valid ? row / p.group : 0;
     const int q_head = head * p.group + (row_valid ? row % p.group : 0);
-    const int64_t q_row = p.q_rows && row_valid ? p.q_rows[batch * p.q_batch_stride_rows + query] : query;
-    const int64_t limit = row_valid ? key_limit(p, q_row + p.q_pos_offset) : 0;
+    const int64_t listed = batch * p.q_batch_stride_rows + query;
+    const int64_t q_row = p.q_rows && row_valid ? p.q_rows[listed] : query;
+    const int64_t pos_offset = (int64_t)p.q_pos_offset + (p.q_pos_offsets ? p.q_pos_offsets[batch] : 0);
+    const int64_t limit = row_valid ? key_limit(p, q_row + pos_offset) : 0;
 
     const float *const q =
         (const float *)p.q + batch * p.q_batch_stride + q_row * p.q_row_stride + q_head * p.q_head_stride;
@@ -58,6 +60,23 @@ static __global__ void __launch_bounds__(THREADS)
     const float *const v = (const float *)p.v + batch * p.kv_batch_stride + head * p.kv_head_stride;
     int len = p.num_keys;
     if (p.kv_lens) len = max(0, min(p.kv_lens[batch], len));
+    int block_limit = INT_MAX; /* of all rows of the block: tiles past it are skipped, rows past it are not read */
+    if (p.mask != RF_MASK_NONE) {
+        if (part == 0) key_rows[r] = (int)min(limit, (int64_t)INT_MAX);
+        __syncthreads(); /* every row's limit is there */
+        block_limit = 0;
+        for (int i = 0; i < ROWS; i++) block_limit = max(block_limit, key_rows[i]);
+        if (!list) { /* rows ascend with the key's index */
+            int seen = 0;
+            for (int i = 0, begin = 0; i < RF_MAX_KEY_RANGES && begin < len; i++) {
+                const int end = min(len, p.range_end[i]);
+                const int64_t reach = (int64_t)block_limit - p.range_shift[i];
+                if (reach > begin) seen = (int)min((int64_t)end, reach);
+                begin = end;
+            }
+            len = seen;
+        }
+    }
 
     float acc[MAX_HD / 32][4] = {};
     float top = -INFINITY, sum = 0.0f;
@@ -68,8 +87,9 @@ static __global__ void __launch_bounds__(THREADS)
         for (int i = threadIdx.x; i < KEYS * (hd / 4); i += THREADS) {
             const int key = i / (hd / 4), c = i % (hd / 4) * 4;
             float f[4] = {0.0f, 0.0f, 0.0f, 0.0f}, g[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-            if (key0 + key < len) {
-                const int64_t from = key_row(p, list, key0 + key) * p.kv_row_stride + c;
+            const int from_row = key0 + key < len ? key_row(p, list, key0 + key) : INT_MAX;
+            if (from_row < block_limit) {
+                const int64_t from = from_row * p.kv_row_stride + c;
                 rf_load4(k + from, f);
                 rf_load4(v + from, g);
             }
@@ -131,20 +151,35 @@ static __global__ void __launch_bounds__(THREADS)
 #pragma unroll
     for (int mask = 1; mask < LANES; mask *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, mask);
     if (!row_valid) return;
-    const float inv = sum == 0.0f ? 0.0f : 1.0f / sum; /* NaN stays NaN */
+    float inv = sum == 0.0f ? 0.0f : 1.0f / sum; /* NaN stays NaN */
+    float lse = sum == 0.0f ? -INFINITY : top + logf(sum), other = 0.0f;
+    const float *kept = NULL; /* what the result is joined with, if it is not empty */
+    if (p.join_out) {
+        const int64_t slot = p.join_rows ? p.join_rows[listed] : query;
+        const float kept_lse = p.join_lse[q_head * p.join_slots + slot], high = fmaxf(lse, kept_lse);
+        const float mine = lse == -INFINITY ? 0.0f : expf(lse - high);
+        other = kept_lse == -INFINITY ? 0.0f : expf(kept_lse - high);
+        const float both = mine + other, share = both == 0.0f ? 0.0f : 1.0f / both;
+        inv *= mine * share;
+        other *= share;
+        if (other != 0.0f) kept = p.join_out + (slot * p.num_q_heads + q_head) * hd;
+        lse = both == 0.0f ? -INFINITY : high + logf(both);
+    }
+    const int64_t out_row = p.out_rows ? p.out_rows[listed] : query;
     float *const out =
-        (float *)p.out + batch * p.out_batch_stride + query * p.out_row_stride + q_head * p.out_head_stride;
+        (float *)p.out + batch * p.out_batch_stride + out_row * p.out_row_stride + q_head * p.out_head_stride;
 #pragma unroll
     for (int i = 0; i < MAX_HD / 32; i++) {
         const int c = i * 32 + part * 4;
         if (c < hd) {
+            float f[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+            if (kept) rf_load4(kept + c, f);
 #pragma unroll
-            for (int d = 0; d < 4; d++) acc[i][d] *= inv;
+            for (int d = 0; d < 4; d++) acc[i][d] = acc[i][d] * inv + other * f[d];
             rf_store4(out + c, acc[i]);
         }
     }
-    if (p.lse && part == 0)
-        p.lse[((int64_t)batch * p.num_q_heads + q_head) * p.q_len + query] = sum == 0.0f ? -INFINITY : top + logf(sum);
+    if (p.lse && part == 0) p.lse[((int64_t)batch * p.num_q_heads + q_head) * p.lse_slots + out_row] = lse;
 }
 
 rf_status rf_attention_f32_check(const rf_attention_args *args, rf_error *err) {

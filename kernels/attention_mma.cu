@@ -158,7 +158,9 @@ static __global__ void __launch_bounds__(WARPS * 32 * KG, MIN_BLOCKS)
     const int batch = p.batch_first + (int)(p.num_splits > 1 ? blockIdx.z / p.num_splits : blockIdx.z);
     const int split = p.num_splits > 1 ? (int)(blockIdx.z % p.num_splits) : 0;
     const int head = blockIdx.y;
-    const int first_row = blockIdx.x * Shape::ROWS;
+    /* Under a mask later rows see more keys: they start first, so that the last blocks to run are short ones. */
+    const int first_row =
+        (int)(MT == 1 && p.mask != RF_MASK_NONE ? gridDim.x - 1 - blockIdx.x : blockIdx.x) * Shape::ROWS;
 
     uint8_t *const set_shared = shared + set * Shape::GROUP_BYTES;
     const uint32_t q_shared = (uint32_t)__cvta_generic_to_shared(set_shared);
@@ -169,6 +171,8 @@ static __global__ void __launch_bounds__(WARPS * 32 * KG, MIN_BLOCKS)
     const int lane_row = first_row + warp * WARP_ROWS + lane;
     const bool lane_row_valid = lane < WARP_ROWS && lane_row < p.num_rows;
     const int32_t *const q_list = p.q_rows ? p.q_rows + batch * p.q_batch_stride_rows : NULL;
+    int64_t pos_offset = 0;
+    if (MT == 1) pos_offset = (int64_t)p.q_pos_offset + (p.q_pos_offsets ? p.q_pos_offsets[batch] : 0);
     int lane_query = 0, lane_head = 0, lane_limit = 0;
     int64_t q_offset = -1; /* bytes */
     if (lane_row_valid) {
@@ -176,7 +180,7 @@ static __global__ void __launch_bounds__(WARPS * 32 * KG, MIN_BLOCKS)
         lane_head = head * p.group + (lane_row - lane_query * p.group);
         const int q_row = q_list ? q_list[lane_query] : lane_query;
         q_offset = ((int64_t)q_row * p.q_row_stride + (int64_t)lane_head * p.q_head_stride) * 2;
-        lane_limit = key_limit(p, (int64_t)q_row + p.q_pos_offset);
+        lane_limit = key_limit(p, q_row + pos_offset);
     }
     const char *const q_base = (const char *)p.q + batch * p.q_batch_stride * 2;
     for_each_chunk<CHUNKS, WARP_ROWS>(lane, [&](int row, int chunk, bool active) {
@@ -190,10 +194,11 @@ static __global__ void __launch_bounds__(WARPS * 32 * KG, MIN_BLOCKS)
     const int32_t *const kv_list = p.kv_rows ? p.kv_rows + batch * p.kv_batch_stride_rows : NULL;
     int len = p.num_keys;
     if (p.kv_lens) len = max(0, min(p.kv_lens[batch], len));
-    int block_keys = len; /* keys that any row of the block may see */
-    if (!INDEXED && p.mask != RF_MASK_NONE && !q_list) {
+    /* Keys that any row of the block may see; the large tile (MT 2) serves no mask. */
+    int block_keys = len;
+    if (!INDEXED && MT == 1 && p.mask != RF_MASK_NONE && !q_list) {
         const int last_row = min(first_row + Shape::ROWS, p.num_rows) - 1;
-        const int limit = key_limit(p, (int64_t)(last_row / p.group) + p.q_pos_offset);
+        const int limit = key_limit(p, last_row / p.group + pos_offset);
         block_keys = max(0, min(len, limit - p.first_key));
     }
     int tile_begin = 0, tile_end = (block_keys + KEYS - 1) / KEYS;
@@ -251,7 +256,7 @@ static __global__ void __launch_bounds__(WARPS * 32 * KG, MIN_BLOCKS)
         }
         const int key0 = (tile_begin + set + KG * j) * KEYS;
         const int row0 = p.first_key + key0 + warp * WARP_KEYS;
-        if (key0 + KEYS <= len) {
+        if (key0 + KEYS <= block_keys) {
             for_each_chunk<CHUNKS, WARP_KEYS>(lane, [&](int row, int chunk, bool active) {
                 if (!active) return;
                 const int64_t offset = (row0 + row) * row_bytes + chunk * 16;
@@ -259,10 +264,10 @@ static __global__ void __launch_bounds__(WARPS * 32 * KG, MIN_BLOCKS)
                 copy16(at, k_base + offset);
                 copy16(at + Shape::KV_BYTES, v_base + offset);
             });
-        } else { /* rows past the end become zeros: their scores are masked, and 0 times a stale value could be NaN */
+        } else { /* rows past the last become zeros: their scores are masked, and 0 times a stale value could be NaN */
             for_each_chunk<CHUNKS, WARP_KEYS>(lane, [&](int row, int chunk, bool active) {
                 if (!active) return;
-                const bool valid = key0 + warp * WARP_KEYS + row < len;
+                const bool valid = key0 + warp * WARP_KEYS + row < block_keys;
                 const int64_t offset = valid ? (row0 + row) * row_bytes + chunk * 16 : 0;
                 const uint32_t at = dst + chunk_offset<Shape>(warp * WARP_KEYS + row, chunk);
                 copy16(at, k_base + offset, valid ? 16 : 0);

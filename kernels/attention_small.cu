@@ -344,7 +344,7 @@ rf_status rf_attention_small_check(const rf_attention_args *args, rf_error *err)
         why = "more than 256 keys";
     else if (args->mask != RF_MASK_NONE)
         why = "a mask";
-    else if (args->q_rows || args->kv_rows || args->kv_lens || args->num_ranges > 0)
+    else if (args->q_rows || args->kv_rows || args->kv_lens || args->num_ranges > 0 || args->q_pos_offsets)
         why = "lists or ranges of rows";
     else if (!(args->softmax_scale > 0))
         why = "a softmax_scale that is not above 0";

@@ -39,6 +39,10 @@ RF_INLINE int rf_cpu_threads(const rf_stream *stream) {
     return num < 1 ? 1 : num;
 }
 
+/* A region with less work than this, in elements touched or multiplications / 64, runs on the calling thread: waking others costs more,
+ * much more where other programs want the cores too. Results do not depend on it. */
+#define RF_SERIAL_WORK 16384
+
 RF_INLINE int rf_cpu_thread_idx(void) {
 #ifdef _OPENMP
     return omp_get_thread_num();
@@ -162,6 +166,16 @@ rf_status rf_token_select_cpu(rf_stream *stream, const rf_token_select_args *arg
 rf_status rf_row_score_cpu(rf_stream *stream, const rf_row_score_args *args, rf_error *err);
 rf_status rf_rope_cpu(rf_stream *stream, const rf_rope_args *args, rf_error *err);
 rf_status rf_temporal_attention_cpu(rf_stream *stream, const rf_temporal_attention_args *args, rf_error *err);
+rf_status rf_embed_cpu(rf_stream *stream, const rf_embed_args *args, rf_error *err);
+rf_status rf_qkv_rope_cpu(rf_stream *stream, const rf_qkv_rope_args *args, rf_error *err);
+rf_status rf_swiglu_cpu(rf_stream *stream, const rf_swiglu_args *args, rf_error *err);
+rf_status rf_head_stats_cpu(rf_stream *stream, const rf_head_stats_args *args, rf_error *err);
+size_t rf_head_stats_workspace_cpu(rf_backend *backend, const rf_head_stats_args *args);
+rf_status rf_attention_mass_cpu(rf_stream *stream, const rf_attention_mass_args *args, rf_error *err);
+rf_status rf_attention_probs_cpu(rf_stream *stream, const rf_attention_probs_args *args, rf_error *err);
+rf_status rf_cosine_rows_cpu(rf_stream *stream, const rf_cosine_rows_args *args, rf_error *err);
+rf_status rf_select_smallest_cpu(rf_stream *stream, const rf_select_smallest_args *args, rf_error *err);
+rf_status rf_argmax_cpu(rf_stream *stream, const rf_argmax_args *args, rf_error *err);
 rf_status rf_sampler_step_cpu(rf_stream *stream, const rf_sampler_step_args *args, rf_error *err);
 rf_status rf_step_advance_cpu(rf_stream *stream, const rf_step_advance_args *args, rf_error *err);
 rf_status rf_fill_normal_cpu(rf_stream *stream, const rf_fill_normal_args *args, rf_error *err);

@@ -49,7 +49,7 @@ rf_status rf_elementwise_cpu(rf_stream *stream, const rf_elementwise_args *a, rf
     if (!stream || a->rows == 0) return RF_OK;
     rf_stream_note_launch(stream, "elementwise");
     bool layout = a->planar_to_last || a->last_to_planar;
-#pragma omp parallel for num_threads(rf_cpu_threads(stream)) schedule(static)
+#pragma omp parallel for num_threads(rf_cpu_threads(stream)) schedule(static) if (a->rows * a->cols > RF_SERIAL_WORK)
     for (int64_t row = 0; row < a->rows; row++) {
         if (layout)
             map_layout(a, row);
@@ -89,7 +89,8 @@ rf_status rf_patchify_cpu(rf_stream *stream, const rf_patchify_args *a, rf_error
     int64_t gf = a->frames / a->pt, gh = a->height / a->ph, gw = a->width / a->pw;
     int64_t tokens = gf * gh * gw;
     int64_t cols = a->channels * a->pt * a->ph * a->pw;
-#pragma omp parallel for num_threads(rf_cpu_threads(stream)) schedule(static)
+#pragma omp parallel for num_threads(rf_cpu_threads(stream))                                                           \
+    schedule(static) if (a->branches * a->batch * tokens * cols > RF_SERIAL_WORK)
     for (int64_t row = 0; row < a->branches * a->batch * tokens; row++) {
         int64_t token = row % tokens, sample = row / tokens % a->batch;
         if (a->sample_index) sample = a->sample_index[sample];

@@ -8,8 +8,8 @@
  *          reduction schemes that accumulate in the output type or in place are excluded, they depend on timing.
  *          Where the library has no fused form (SiLU, erf GELU, act together with an addend, an odd bias dtype) the
  *          GEMM's result is rounded to y's dtype and finish_kernel does the rest in a second pass over y.
- *          Own kernels (gemm_wgmma.cu, gemm_skinny.cu) stand in its place where tuning found them faster, and gemm_skinny.cu
- *          without tuning where its default rule says so.
+ *          Own kernels (gemm_wgmma.cu, gemm_skinny.cu, gemm_stream.cu, gemv.cu) stand in its place where tuning found them
+ *          faster, and the last three without tuning where their default rules say so.
  * Plans    An algorithm is chosen in phase PLAN and kept in a table by rf_gemm_key. In phase RUN a missing entry is
  *          RF_ERR_STATE, so that no forward depends on a heuristic's mood. A failed call is an error, not a second try.
  * Cost     compute bound from about 300 rows, else one pass over w. Arch  sm_80 and later.
@@ -378,13 +378,31 @@ static rf_status list_candidates(rf_gemm_state *state, rf_gemm_plan *plan, const
     return RF_OK;
 }
 
+static const rf_gemm_own_kernel own_kernels[RF_GEMM_NUM_OWN_KERNELS] = {
+    {RF_GEMM_WGMMA_ID, rf_gemm_wgmma_num_configs, rf_gemm_wgmma_config_name, rf_gemm_wgmma_check, rf_gemm_wgmma_force},
+    {RF_GEMM_SKINNY_ID, rf_gemm_skinny_num_configs, rf_gemm_skinny_config_name, rf_gemm_skinny_check,
+     rf_gemm_skinny_force},
+    {RF_GEMM_STREAM_ID, rf_gemm_stream_num_configs, rf_gemm_stream_config_name, rf_gemm_stream_check,
+     rf_gemm_stream_force},
+    {RF_GEMV_ID, rf_gemv_num_configs, rf_gemv_config_name, rf_gemv_check, rf_gemv_force},
+};
+
+const rf_gemm_own_kernel *rf_gemm_own_kernel_at(int i) {
+    return &own_kernels[i];
+}
+
+const rf_gemm_own_kernel *rf_gemm_own_kernel_of(int id) {
+    for (int i = 0; i < RF_GEMM_NUM_OWN_KERNELS; i++)
+        if (id >= own_kernels[i].first_id && id - own_kernels[i].first_id < own_kernels[i].num_configs())
+            return &own_kernels[i];
+    return NULL;
+}
+
 /* A choice that came from a file: is it valid here? */
 static bool loaded_choice_is_valid(rf_gemm_state *state, rf_stream *stream, const rf_gemm_plan *plan,
                                    const rf_gemm_args *a) {
-    if (plan->choice.id >= RF_GEMM_SKINNY_ID)
-        return rf_gemm_skinny_check(stream, a, plan->choice.id - RF_GEMM_SKINNY_ID, NULL) == RF_OK;
-    if (plan->choice.id >= RF_GEMM_WGMMA_ID)
-        return rf_gemm_wgmma_check(stream, a, plan->choice.id - RF_GEMM_WGMMA_ID, NULL) == RF_OK;
+    const rf_gemm_own_kernel *own = rf_gemm_own_kernel_of(plan->choice.id);
+    if (own) return own->check(stream, a, plan->choice.id - own->first_id, NULL) == RF_OK;
     cublasLtMatmulHeuristicResult_t result;
     memset(&result, 0, sizeof result);
     return cublasLtMatmulAlgoCheck(state->handle, plan->desc, plan->layout_w, plan->layout_x, plan->layout_y,
@@ -411,7 +429,11 @@ static rf_status make_plan(rf_gemm_state *state, rf_stream *stream, rf_gemm_plan
     }
     plan->choice = candidates[0];
     plan->us = 0.0;
-    const int skinny = rf_gemm_skinny_default(stream, a);
+    const int gemv = rf_gemv_default(stream, a);
+    const int streamed = gemv < 0 ? rf_gemm_stream_default(stream, a) : -1;
+    const int skinny = gemv < 0 && streamed < 0 ? rf_gemm_skinny_default(stream, a) : -1;
+    if (gemv >= 0) plan->choice.id = RF_GEMV_ID + gemv;
+    if (streamed >= 0) plan->choice.id = RF_GEMM_STREAM_ID + streamed;
     if (skinny >= 0) plan->choice.id = RF_GEMM_SKINNY_ID + skinny;
     if (state->tune) st = rf_gemm_tune(state, stream, plan, a, candidates, num, err);
     if (st == RF_OK)
@@ -425,9 +447,8 @@ static rf_status make_plan(rf_gemm_state *state, rf_stream *stream, rf_gemm_plan
 
 rf_status rf_gemm_plan_launch(rf_gemm_state *state, rf_stream *stream, const rf_gemm_plan *plan,
                               const rf_gemm_candidate *candidate, const rf_gemm_args *a, rf_error *err) {
-    if (candidate->id >= RF_GEMM_SKINNY_ID)
-        return rf_gemm_skinny_force(stream, a, candidate->id - RF_GEMM_SKINNY_ID, err);
-    if (candidate->id >= RF_GEMM_WGMMA_ID) return rf_gemm_wgmma_force(stream, a, candidate->id - RF_GEMM_WGMMA_ID, err);
+    const rf_gemm_own_kernel *own = rf_gemm_own_kernel_of(candidate->id);
+    if (own) return own->force(stream, a, candidate->id - own->first_id, err);
     if (plan->fuse_bias) {
         const cublasStatus_t lt = set_bias(plan->desc, a->bias);
         if (lt != CUBLAS_STATUS_SUCCESS) return lt_fail(err, "gemm: set bias", lt);

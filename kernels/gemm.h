@@ -40,10 +40,11 @@ typedef struct {
 /* alpha 1, beta 0, dense strides, one batch, y_dtype = dtype; pointers NULL. */
 rf_gemm_args rf_gemm_args_default(rf_dtype dtype, int64_t m, int64_t n, int64_t k);
 
-/* CUDA only: how algorithms are chosen in phase PLAN. Without tuning it is cuBLASLt's first heuristic choice, or on Hopper, for
- * few rows and constant weights, the kernel of gemm_skinny.h (the same in every process). With tuning up to 32 candidates are timed on the device, cold weights, and the fastest
- * bit-stable one is kept; save/load carries choices between processes so that bits do not depend on timing noise. A file of
- * another card or cuBLASLt version is ignored with a log line. No-ops on the host backend. */
+/* CUDA only: how algorithms are chosen in phase PLAN. Without tuning it is cuBLASLt's first heuristic choice or, for few rows
+ * and constant weights, a kernel of gemv.h (1 to 8 rows) or, on Hopper, of gemm_stream.h (large weights) or gemm_skinny.h:
+ * the same in every process. With tuning all candidates are timed on the device, cold weights, and the fastest bit-stable
+ * one is kept; save/load carries choices between processes so that bits do not depend on timing noise. A file of another
+ * card or cuBLASLt version is ignored with a log line. No-ops on the host backend. */
 rf_status rf_gemm_set_tuning(rf_stream *stream, bool tune, rf_error *err);
 rf_status rf_gemm_tuning_load(rf_stream *stream, const char *path, rf_error *err); /* a missing file is RF_OK */
 rf_status rf_gemm_tuning_save(rf_stream *stream, const char *path, rf_error *err);

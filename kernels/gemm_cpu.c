@@ -116,7 +116,8 @@ rf_status rf_gemm_cpu(rf_stream *stream, const rf_gemm_args *g, rf_error *err) {
 
     rf_stream_note_launch(stream, "gemm");
     rf_cpu_blas_single_thread();
-#pragma omp parallel for num_threads(rf_cpu_threads(stream)) schedule(dynamic) if (num_tasks > 1)
+#pragma omp parallel for num_threads(rf_cpu_threads(stream))                                                           \
+    schedule(dynamic) if (num_tasks > 1 && g->m * g->n * g->k > 64 * RF_SERIAL_WORK)
     for (int64_t task = 0; task < num_tasks; task++) {
         int64_t batch = task / (row_blocks * col_blocks);
         int64_t row = task / col_blocks % row_blocks * ROW_BLOCK;

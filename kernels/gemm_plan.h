@@ -10,10 +10,12 @@
 #include "core/backend.h"
 #include "kernels/gemm.h"
 #include "kernels/gemm_skinny.h"
+#include "kernels/gemm_stream.h"
 #include "kernels/gemm_wgmma.h"
+#include "kernels/gemv.h"
 
 #define RF_GEMM_WORKSPACE_BYTES (32u << 20)
-#define RF_GEMM_MAX_CANDIDATES  96
+#define RF_GEMM_MAX_CANDIDATES  128
 
 /* Field order is the order in the tuning file. alpha, beta's value, w_is_constant and the addresses are free; alignment
  * classes are not: 16 for every address that is a multiple of 16, else 8, 4, 2. */
@@ -45,7 +47,7 @@ typedef struct {
 } rf_gemm_key;
 
 typedef struct {
-    int id; /* order of preference on ties; RF_GEMM_WGMMA_ID, RF_GEMM_SKINNY_ID and above: own kernels */
+    int id; /* order of preference on ties; RF_GEMM_WGMMA_ID and above: own kernels (see below) */
     cublasLtMatmulAlgo_t algo;
 } rf_gemm_candidate;
 
@@ -74,6 +76,19 @@ typedef struct {
     rf_gemm_plan **slots; /* open addressing, power of two */
     size_t num_slots, num_plans;
 } rf_gemm_state;
+
+/* An own kernel, the functions of its header; its plan ids are first_id + config. */
+typedef struct {
+    int first_id;
+    int (*num_configs)(void);
+    const char *(*config_name)(int config);
+    rf_status (*check)(rf_stream *stream, const rf_gemm_args *args, int config, rf_error *err);
+    rf_status (*force)(rf_stream *stream, const rf_gemm_args *args, int config, rf_error *err);
+} rf_gemm_own_kernel;
+#define RF_GEMM_NUM_OWN_KERNELS 4
+/* gemm.cu: the i-th own kernel, 0 <= i < RF_GEMM_NUM_OWN_KERNELS; the one with this id, NULL for cuBLASLt's. */
+const rf_gemm_own_kernel *rf_gemm_own_kernel_at(int i);
+const rf_gemm_own_kernel *rf_gemm_own_kernel_of(int id);
 
 /* gemm.cu: queues one GEMM as the plan says, with a candidate in place of the plan's own choice. Allocates nothing. */
 rf_status rf_gemm_plan_launch(rf_gemm_state *state, rf_stream *stream, const rf_gemm_plan *plan,

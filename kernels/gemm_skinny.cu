@@ -24,6 +24,7 @@
 #include <cuda_runtime.h>
 
 #include "kernels/device.cuh"
+#include "kernels/gemm_hopper.cuh"
 #include "kernels/gemm_skinny.h"
 #include "kernels/launch.cuh"
 #include "kernels/wgmma.cuh"
@@ -60,76 +61,9 @@ template <int ROWS> static constexpr int pitch = ROWS + 4;
 
 /* --- instructions --------------------------------------------------------------------------------------------------- */
 
-/* The kernel after this one, if it was launched to start early, may take its places. Takes effect when every block has said
- * so or is done. */
-static __device__ __forceinline__ void let_next_start(void) {
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-}
-
-/* Barrier over all threads of the cluster that also shows each block what the others wrote to their own shared memory. The
- * barrier's own release is about global memory too and costs a fence of the whole GPU; this one does not. */
-static __device__ __forceinline__ void cluster_sync_shared(void) {
-    asm volatile("fence.release.sync_restrict::shared::cta.cluster;\n"
-                 "barrier.cluster.arrive.relaxed;\n"
-                 "barrier.cluster.wait.acquire;" ::
-                     : "memory");
-}
-
-/* 16 bytes from the same place in block `rank` of the cluster. */
-static __device__ __forceinline__ float4 load4_at(uint32_t shared_addr, uint32_t rank) {
-    float4 v;
-    asm volatile("{\n"
-                 ".reg .b32 remote;\n"
-                 "mapa.shared::cluster.u32 remote, %4, %5;\n"
-                 "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [remote];\n"
-                 "}"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-                 : "r"(shared_addr), "r"(rank)
-                 : "memory");
-    return v;
-}
-
-/* Widths that kernels/wgmma.cuh does not have. */
+/* Widths that kernels/wgmma.cuh and gemm_hopper.cuh do not have. */
 #define RF_D(j) "+f"(d[4 * (j)]), "+f"(d[4 * (j) + 1]), "+f"(d[4 * (j) + 2]), "+f"(d[4 * (j) + 3])
 
-template <> struct rf_wgmma<16> {
-    static __device__ __forceinline__ void mma(float (&d)[8], uint64_t a, uint64_t b) {
-        asm volatile("wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {"
-                     "%0, %1, %2, %3, %4, %5, %6, %7}, "
-                     "%8, %9, 1, 1, 1, 0, 0;"
-                     : RF_D(0), RF_D(1)
-                     : "l"(a), "l"(b));
-    }
-};
-template <> struct rf_wgmma<32> {
-    static __device__ __forceinline__ void mma(float (&d)[16], uint64_t a, uint64_t b) {
-        asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {"
-                     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
-                     "%16, %17, 1, 1, 1, 0, 0;"
-                     : RF_D(0), RF_D(1), RF_D(2), RF_D(3)
-                     : "l"(a), "l"(b));
-    }
-};
-template <> struct rf_wgmma<48> {
-    static __device__ __forceinline__ void mma(float (&d)[24], uint64_t a, uint64_t b) {
-        asm volatile("wgmma.mma_async.sync.aligned.m64n48k16.f32.bf16.bf16 {"
-                     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-                     "%16, %17, %18, %19, %20, %21, %22, %23}, "
-                     "%24, %25, 1, 1, 1, 0, 0;"
-                     : RF_D(0), RF_D(1), RF_D(2), RF_D(3), RF_D(4), RF_D(5)
-                     : "l"(a), "l"(b));
-    }
-};
-template <> struct rf_wgmma<64> {
-    static __device__ __forceinline__ void mma(float (&d)[32], uint64_t a, uint64_t b) {
-        asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
-                     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-                     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-                     "%32, %33, 1, 1, 1, 0, 0;"
-                     : RF_D(0), RF_D(1), RF_D(2), RF_D(3), RF_D(4), RF_D(5), RF_D(6), RF_D(7)
-                     : "l"(a), "l"(b));
-    }
-};
 template <> struct rf_wgmma<96> {
     static __device__ __forceinline__ void mma(float (&d)[48], uint64_t a, uint64_t b) {
         asm volatile("wgmma.mma_async.sync.aligned.m64n96k16.f32.bf16.bf16 {"
@@ -159,14 +93,6 @@ template <> struct rf_wgmma<160> {
 };
 #undef RF_D
 
-/* GELU's 0.5 u (1 + tanh z) = u / (1 + exp(-2 z)), and SiLU, which is the same with another exponent. Relative error about
- * 1e-6 also where the tanh form cancels. */
-static __device__ __forceinline__ float activate(float u, rf_act act) {
-    if (act == RF_ACT_NONE) return u;
-    const float z = act == RF_ACT_GELU_TANH ? 1.5957691216057308f * (u + 0.044715f * u * u * u) : u;
-    return __fdividef(u, 1.0f + __expf(-z));
-}
-
 /* --- the sum over the cluster --------------------------------------------------------------------------------------- */
 
 /* This block's share of the tile's tokens: adds the partial tiles of all ranks, then bias, act and store. A unit is 4 outputs
@@ -186,7 +112,7 @@ static __device__ __forceinline__ void finish_share(uint32_t partial, const floa
 #pragma unroll
             for (int r = 0; r < MAX_SPLIT; r++)
                 if (r < split && unit < num_units)
-                    part[q][r] = load4_at(partial + (uint32_t)(token * pitch<ROWS> + row) * 4, (uint32_t)r);
+                    part[q][r] = rf_load4_at(partial + (uint32_t)(token * pitch<ROWS> + row) * 4, (uint32_t)r);
         }
 #pragma unroll
         for (int q = 0; q < AT_ONCE; q++) {
@@ -205,7 +131,7 @@ static __device__ __forceinline__ void finish_share(uint32_t partial, const floa
             float v[4] = {fmaf(a.alpha, sum.x, b.x), fmaf(a.alpha, sum.y, b.y), fmaf(a.alpha, sum.z, b.z),
                           fmaf(a.alpha, sum.w, b.w)};
 #pragma unroll
-            for (int i = 0; i < 4; i++) v[i] = activate(v[i], a.act);
+            for (int i = 0; i < 4; i++) v[i] = rf_activate_fast(v[i], a.act);
             const int64_t at = (int64_t)(token0 + token) * a.ldy + row0 + row;
             if (a.y_is_f32)
                 rf_store4((float *)a.y + at, v);
@@ -258,7 +184,7 @@ static __global__ void __launch_bounds__(WG * 128, blocks_per_sm(WG, BN))
         }
     }
     __syncthreads(); /* barriers are ready for every thread */
-    let_next_start();
+    rf_let_next_start();
 
     if (!a.w_is_constant) rf_wait_for_previous();
     float bias = 0.0f; /* of output row0 + threadIdx.x; on its way together with the weights */
@@ -329,7 +255,7 @@ static __global__ void __launch_bounds__(WG * 128, blocks_per_sm(WG, BN))
     }
 
     if (split > 1)
-        cluster_sync_shared(); /* every block's partial tile is complete */
+        rf_cluster_sync_shared(); /* every block's partial tile is complete */
     else
         __syncthreads();
     finish_share<ROWS, THREADS>(ring, bias_tile, a, split, rank, row0, token0, min(BN, a.m - token0));
@@ -431,40 +357,6 @@ static cudaError_t allow(const placement *p, int wg) {
 
 /* --- launch --------------------------------------------------------------------------------------------------------- */
 
-typedef CUresult (*encode_fn)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *,
-                              const cuuint64_t *, const cuuint32_t *, const cuuint32_t *, CUtensorMapInterleave,
-                              CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-
-/* From the driver, so that nothing links against it; looked up once. */
-static encode_fn get_encode(void) {
-    static std::atomic<void *> found{NULL};
-    void *fn = found.load(std::memory_order_acquire);
-    if (!fn) {
-        cudaDriverEntryPointQueryResult result;
-        if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &fn, 12000, cudaEnableDefault, &result) !=
-                cudaSuccess ||
-            result != cudaDriverEntryPointSuccess)
-            return NULL;
-        found.store(fn, std::memory_order_release);
-    }
-    return (encode_fn)fn;
-}
-
-/* Row-major bf16 [rows, cols] in boxes of box_rows x BK. */
-static rf_status make_map(CUtensorMap *map, const void *p, int64_t rows, int64_t cols, int64_t ld, int box_rows,
-                          rf_error *err) {
-    const encode_fn encode = get_encode();
-    if (!encode) return rf_fail(err, RF_ERR_UNSUPPORTED, "gemm_skinny: this driver has no cuTensorMapEncodeTiled");
-    const cuuint64_t sizes[2] = {(cuuint64_t)cols, (cuuint64_t)rows}, strides[1] = {(cuuint64_t)ld * 2};
-    const cuuint32_t box[2] = {BK, (cuuint32_t)box_rows}, steps[2] = {1, 1};
-    const CUresult r = encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, (void *)p, sizes, strides, box, steps,
-                              CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    if (r != CUDA_SUCCESS)
-        return rf_fail(err, RF_ERR_DEVICE, "gemm_skinny: cuTensorMapEncodeTiled failed with code %d", (int)r);
-    return RF_OK;
-}
-
 /* attributes: room for two, the cluster's first. */
 static cudaLaunchConfig_t launch_config(const placement *p, int wg, cudaLaunchAttribute *attributes) {
     cudaLaunchConfig_t config = {};
@@ -487,8 +379,8 @@ static rf_status launch(rf_stream *stream, const rf_gemm_args *a, int config, rf
     placement p;
     rf_status st = place(&p, a, config, err);
     CUtensorMap map_w, map_x;
-    if (st == RF_OK) st = make_map(&map_w, a->w, a->n, a->k, a->ldw, wg * 64, err);
-    if (st == RF_OK) st = make_map(&map_x, a->x, a->m, a->k, a->ldx, p.bn, err);
+    if (st == RF_OK) st = rf_make_tile_map(&map_w, "gemm_skinny", a->w, a->n, a->k, a->ldw, wg * 64, err);
+    if (st == RF_OK) st = rf_make_tile_map(&map_x, "gemm_skinny", a->x, a->m, a->k, a->ldx, p.bn, err);
     if (st != RF_OK) return st;
     cudaError_t code = allow(&p, wg);
     if (code != cudaSuccess) return rf_cuda_fail(err, "gemm_skinny", code);

@@ -11,6 +11,7 @@
 #include <cublasLt.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
+#include <limits.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -188,29 +189,25 @@ static int add_tile_variants(rf_gemm_state *state, const rf_gemm_plan *plan, rf_
 }
 
 static int add_own_kernels(rf_stream *stream, const rf_gemm_args *a, rf_gemm_candidate *list, int num, int max) {
-    for (int i = 0; i < rf_gemm_wgmma_num_configs() && num < max; i++) {
-        if (rf_gemm_wgmma_check(stream, a, i, NULL) != RF_OK) continue;
-        memset(&list[num], 0, sizeof list[num]);
-        list[num++].id = RF_GEMM_WGMMA_ID + i;
-    }
-    for (int i = 0; i < rf_gemm_skinny_num_configs() && num < max; i++) {
-        if (rf_gemm_skinny_check(stream, a, i, NULL) != RF_OK) continue;
-        memset(&list[num], 0, sizeof list[num]);
-        list[num++].id = RF_GEMM_SKINNY_ID + i;
+    for (int i = 0; i < RF_GEMM_NUM_OWN_KERNELS; i++) {
+        const rf_gemm_own_kernel *own = rf_gemm_own_kernel_at(i);
+        for (int config = 0; config < own->num_configs() && num < max; config++) {
+            if (own->check(stream, a, config, NULL) != RF_OK) continue;
+            memset(&list[num], 0, sizeof list[num]);
+            list[num++].id = own->first_id + config;
+        }
     }
     return num;
 }
 
 /* Of a candidate's kernel: "" if it is cuBLASLt's. */
 static const char *own_name(int id) {
-    return id >= RF_GEMM_SKINNY_ID  ? rf_gemm_skinny_config_name(id - RF_GEMM_SKINNY_ID)
-           : id >= RF_GEMM_WGMMA_ID ? rf_gemm_wgmma_config_name(id - RF_GEMM_WGMMA_ID)
-                                    : "";
+    const rf_gemm_own_kernel *own = rf_gemm_own_kernel_of(id);
+    return own ? own->config_name(id - own->first_id) : "";
 }
 
 static bool id_exists(long id) {
-    return (id >= 0 && id < RF_GEMM_WGMMA_ID + rf_gemm_wgmma_num_configs()) ||
-           (id >= RF_GEMM_SKINNY_ID && id < RF_GEMM_SKINNY_ID + rf_gemm_skinny_num_configs());
+    return id >= 0 && id <= INT_MAX && (id < RF_GEMM_WGMMA_ID || rf_gemm_own_kernel_of((int)id));
 }
 
 /* --- timing --------------------------------------------------------------------------------------------------------- */
@@ -314,8 +311,11 @@ rf_status rf_gemm_tune(rf_gemm_state *state, rf_stream *stream, rf_gemm_plan *pl
         st = rf_cuda_fail(err, "gemm tuning", cudaGetLastError());
         goto done;
     }
-    num = add_tile_variants(state, plan, list, num,
-                            RF_GEMM_MAX_CANDIDATES - rf_gemm_wgmma_num_configs() - rf_gemm_skinny_num_configs());
+    {
+        int room = RF_GEMM_MAX_CANDIDATES;
+        for (int i = 0; i < RF_GEMM_NUM_OWN_KERNELS; i++) room -= rf_gemm_own_kernel_at(i)->num_configs();
+        num = add_tile_variants(state, plan, list, num, room);
+    }
     num = add_own_kernels(stream, a, list, num, RF_GEMM_MAX_CANDIDATES);
 
     {
@@ -363,11 +363,13 @@ rf_status rf_gemm_tune(rf_gemm_state *state, rf_stream *stream, rf_gemm_plan *pl
         }
         if (st != RF_OK) goto done;
 
-        int chosen = -1, fastest = -1, num_good = 0;
+        int chosen = -1, fastest = -1, fastest_lt = -1, num_good = 0;
         for (int i = 0; i < num; i++) {
             if (trials[i].dropped) continue;
             num_good++;
             if (fastest < 0 || median(&trials[i]) < median(&trials[fastest])) fastest = i;
+            if (list[i].id < RF_GEMM_WGMMA_ID && (fastest_lt < 0 || median(&trials[i]) < median(&trials[fastest_lt])))
+                fastest_lt = i;
         }
         for (int i = 0; i < num && fastest >= 0 && chosen < 0; i++)
             if (!trials[i].dropped && median(&trials[i]) <= 1.02f * median(&trials[fastest])) chosen = i;
@@ -383,10 +385,12 @@ rf_status rf_gemm_tune(rf_gemm_state *state, rf_stream *stream, rf_gemm_plan *pl
         const bool own = list[chosen].id >= RF_GEMM_WGMMA_ID;
         rf_log_write(
             rf_backend_log(state->backend), RF_LOG_INFO,
-            "gemm m %lld n %lld k %lld act %d: %s %d%s%s, %.2f us (first heuristic choice %.2f us, %d of %d usable)",
+            "gemm m %lld n %lld k %lld act %d: %s %d%s%s, %.2f us (cuBLASLt's first choice %.2f us, its best %.2f us, "
+            "%d of %d usable)",
             (long long)a->m, (long long)a->n, (long long)a->k, (int)a->act, own ? "own kernel" : "cuBLASLt",
             list[chosen].id, own ? " " : "", own_name(list[chosen].id), plan->us,
-            trials[0].dropped ? 0.0 : 1000.0 * median(&trials[0]) / num_calls, num_good, num);
+            trials[0].dropped ? 0.0 : 1000.0 * median(&trials[0]) / num_calls,
+            fastest_lt < 0 ? 0.0 : 1000.0 * median(&trials[fastest_lt]) / num_calls, num_good, num);
     }
 done:
     (void)cudaStreamSynchronize(cs); /* the scratch is freed next */

@@ -60,7 +60,8 @@ rf_status rf_norm_cpu(rf_stream *stream, const rf_norm_args *a, rf_error *err) {
     RF_TRY(check_table("norm: mod", &a->mod, a->shift >= 0 || a->scale >= 0, err));
     if (!stream || a->num_rows == 0) return RF_OK;
     rf_stream_note_launch(stream, "norm");
-#pragma omp parallel for num_threads(rf_cpu_threads(stream)) schedule(static)
+#pragma omp parallel for num_threads(rf_cpu_threads(stream))                                                           \
+    schedule(static) if (a->num_rows * a->cols > RF_SERIAL_WORK)
     for (int64_t i = 0; i < a->num_rows; i++) {
         int64_t row = a->rows ? a->rows[i] : i;
         rf_cpu_norm_row((float *)a->y + i * a->cols, (const float *)a->x + row * a->cols, a->cols, a->kind, a->eps,
@@ -107,7 +108,8 @@ rf_status rf_residual_cpu(rf_stream *stream, const rf_residual_args *a, rf_error
     }
     if (!stream || a->num_rows == 0) return RF_OK;
     rf_stream_note_launch(stream, "residual");
-#pragma omp parallel for num_threads(rf_cpu_threads(stream)) schedule(static)
+#pragma omp parallel for num_threads(rf_cpu_threads(stream))                                                           \
+    schedule(static) if (a->num_rows * a->cols > RF_SERIAL_WORK)
     for (int64_t i = 0; i < a->num_rows; i++) {
         int64_t row = a->rows ? a->rows[i] : i;
         float *x = (float *)a->x + row * a->cols;

@@ -24,6 +24,7 @@
 #include "kernels/rope.h"
 #include "kernels/rows.h"
 #include "kernels/sampler.h"
+#include "kernels/text.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -64,6 +65,17 @@ typedef struct {
 
     rf_status (*rope)(rf_stream *, const rf_rope_args *, rf_error *);
     rf_status (*temporal_attention)(rf_stream *, const rf_temporal_attention_args *, rf_error *);
+
+    rf_status (*embed)(rf_stream *, const rf_embed_args *, rf_error *);
+    rf_status (*qkv_rope)(rf_stream *, const rf_qkv_rope_args *, rf_error *);
+    rf_status (*swiglu)(rf_stream *, const rf_swiglu_args *, rf_error *);
+    rf_status (*head_stats)(rf_stream *, const rf_head_stats_args *, rf_error *);
+    size_t (*head_stats_workspace)(rf_backend *, const rf_head_stats_args *);
+    rf_status (*attention_mass)(rf_stream *, const rf_attention_mass_args *, rf_error *);
+    rf_status (*attention_probs)(rf_stream *, const rf_attention_probs_args *, rf_error *);
+    rf_status (*cosine_rows)(rf_stream *, const rf_cosine_rows_args *, rf_error *);
+    rf_status (*select_smallest)(rf_stream *, const rf_select_smallest_args *, rf_error *);
+    rf_status (*argmax)(rf_stream *, const rf_argmax_args *, rf_error *);
 
     rf_status (*sampler_step)(rf_stream *, const rf_sampler_step_args *, rf_error *);
     rf_status (*step_advance)(rf_stream *, const rf_step_advance_args *, rf_error *);

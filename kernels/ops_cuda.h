@@ -54,6 +54,18 @@ rf_status rf_row_score_cuda(rf_stream *stream, const rf_row_score_args *args, rf
 rf_status rf_rope_cuda(rf_stream *stream, const rf_rope_args *args, rf_error *err);
 rf_status rf_temporal_attention_cuda(rf_stream *stream, const rf_temporal_attention_args *args, rf_error *err);
 
+/* text.cu, head_stats.cu, attention_taps.cu, text_select.cu */
+rf_status rf_embed_cuda(rf_stream *stream, const rf_embed_args *args, rf_error *err);
+rf_status rf_qkv_rope_cuda(rf_stream *stream, const rf_qkv_rope_args *args, rf_error *err);
+rf_status rf_swiglu_cuda(rf_stream *stream, const rf_swiglu_args *args, rf_error *err);
+rf_status rf_head_stats_cuda(rf_stream *stream, const rf_head_stats_args *args, rf_error *err);
+size_t rf_head_stats_workspace_cuda(rf_backend *backend, const rf_head_stats_args *args);
+rf_status rf_attention_mass_cuda(rf_stream *stream, const rf_attention_mass_args *args, rf_error *err);
+rf_status rf_attention_probs_cuda(rf_stream *stream, const rf_attention_probs_args *args, rf_error *err);
+rf_status rf_cosine_rows_cuda(rf_stream *stream, const rf_cosine_rows_args *args, rf_error *err);
+rf_status rf_select_smallest_cuda(rf_stream *stream, const rf_select_smallest_args *args, rf_error *err);
+rf_status rf_argmax_cuda(rf_stream *stream, const rf_argmax_args *args, rf_error *err);
+
 /* sampler.cu */
 rf_status rf_sampler_step_cuda(rf_stream *stream, const rf_sampler_step_args *args, rf_error *err);
 rf_status rf_step_advance_cuda(rf_stream *stream, const rf_step_advance_args *args, rf_error *err);

@@ -1,15 +1,17 @@
-/* samples/refrain/bench_run.h - what the files of `refrain bench` share: cmd_bench.c (forwards and images), bench_world.c (worlds). */
+/* samples/refrain/bench_run.h - what the files of `refrain bench` share: cmd_bench.c (forwards and images), bench_world.c (worlds),
+ * bench_text.c (passes of text models). */
 #ifndef REFRAIN_BENCH_RUN_H
 #define REFRAIN_BENCH_RUN_H
 
 #include "samples/refrain/args.h"
 #include "samples/refrain/bench_table.h"
 #include "samples/refrain/program.h"
+#include "samples/refrain/text_model.h"
 
 #define MAX_BATCHES 32
 
 typedef struct {
-    const char *model, *synthetic, *what, *batches, *format, *device, *dtype, *residual, *tuning;
+    const char *model, *synthetic, *what, *batches, *format, *device, *dtype, *residual, *tuning, *rows, *kept;
     arg_list policies;
     int64_t num_runs, num_steps, width, height, threads, num_frames; /* num_steps, num_frames: 0 = not given */
     double cfg_scale;
@@ -29,9 +31,17 @@ typedef struct {
     rf_dtype dtype;
     rf_image_model *model;
     rf_world_model *world;
+    opened_text text;                       /* --what text */
     double copy_bytes_per_ms, flops_per_ms; /* measured; 0 = not asked for */
     double *times;                          /* [num_runs] */
 } bench;
+
+/* --what text: rows and kept keys to be timed, and the model for them. */
+rf_status bench_text_open(bench *b, rf_error *err);
+/* All rows of text; *rows is rf_alloc'ed, also after a failure. */
+rf_status bench_texts(bench *b, bench_row **rows, int *num_rows, rf_error *err);
+/* "2,16,64": numbers min..max, at most MAX_BATCHES. option: for messages. */
+rf_status bench_read_numbers(const char *text, const char *option, int min, int max, int *out, int *num, rf_error *err);
 
 /* All rows of worlds; *rows is rf_alloc'ed, also after a failure. */
 rf_status bench_worlds(bench *b, bench_row **rows, int *num_rows, rf_error *err);

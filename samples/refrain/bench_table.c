@@ -69,6 +69,26 @@ static void print_world_md(const bench_row *rows, int num_rows) {
     }
 }
 
+static void print_text_md(const bench_row *rows, int num_rows) {
+    printf(
+        "| model | params | device | dtype | what | batch | rows | kept | head | median ms | mean ± sd | min | GB/s of "
+        "weights | TFLOP/s | floor ms | arena MB | graph nodes |\n");
+    printf("|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|\n");
+    for (int i = 0; i < num_rows; i++) {
+        const bench_row *r = &rows[i];
+        char rate[24], speed[24], least[24], nodes[24];
+        cell(speed, r->gbytes_per_s < 10 ? 3 : 0, r->gbytes_per_s);
+        cell(rate, r->tflops < 10 ? 3 : 1, r->tflops);
+        cell(least, 3, r->floor_ms);
+        cell(nodes, 0, r->graph_nodes);
+        printf("| %s | %.1f M | %s | %s | %s | %d | %d | %d | %d | %.3f | %.3f ± %.3f | %.3f | %s | %s | %s | %.1f | "
+               "%s |\n",
+               r->model, (double)r->num_params / 1e6, r->device, r->dtype, r->what, r->batch, r->num_rows, r->kept,
+               r->head_rows, r->median_ms, r->mean_ms, r->sd_ms, r->min_ms, speed, rate, least,
+               (double)r->arena_bytes / 1e6, nodes);
+    }
+}
+
 /* A field in quotes where it needs them. */
 static void print_csv_text(const char *text) {
     putchar('"');
@@ -123,6 +143,35 @@ static void print_world_csv(const bench_row *rows, int num_rows) {
     }
 }
 
+static void print_text_csv(const bench_row *rows, int num_rows) {
+    printf("model,params,device,dtype,what,batch,rows,kept,head_rows,runs,median_ms,mean_ms,sd_ms,min_ms,gbytes_per_s,"
+           "tflops,floor_ms,graph_nodes,arena_bytes\n");
+    for (int i = 0; i < num_rows; i++) {
+        const bench_row *r = &rows[i];
+        print_csv_text(r->model);
+        printf("%" PRId64 ",", r->num_params);
+        print_csv_text(r->device);
+        printf("%s,", r->dtype);
+        print_csv_text(r->what);
+        printf("%d,%d,%d,%d,%d,%.6f,%.6f,%.6f,%.6f,", r->batch, r->num_rows, r->kept, r->head_rows, r->num_runs,
+               r->median_ms, r->mean_ms, r->sd_ms, r->min_ms);
+        print_csv_number(r->gbytes_per_s, 4);
+        print_csv_number(r->tflops, 4);
+        print_csv_number(r->floor_ms, 6);
+        print_csv_number(r->graph_nodes, 0);
+        printf("%zu\n", r->arena_bytes);
+    }
+}
+
+static void add_text_json(cJSON *o, const bench_row *r) {
+    cJSON_AddNumberToObject(o, "rows", r->num_rows);
+    cJSON_AddNumberToObject(o, "kept", r->kept);
+    cJSON_AddNumberToObject(o, "head_rows", r->head_rows);
+    cJSON_AddNumberToObject(o, "gbytes_per_s", r->gbytes_per_s);
+    if (r->graph_nodes > 0) cJSON_AddNumberToObject(o, "graph_nodes", r->graph_nodes);
+    report_add_uint(o, "arena_bytes", r->arena_bytes);
+}
+
 static void add_world_json(cJSON *o, const bench_row *r) {
     if (r->kept > 0) cJSON_AddNumberToObject(o, "kept", r->kept);
     if (r->frames > 0) cJSON_AddNumberToObject(o, "frames", r->frames);
@@ -140,7 +189,7 @@ static cJSON *row_json(const bench_row *r) {
     cJSON_AddStringToObject(o, "what", r->what);
     if (r->num_steps > 0) cJSON_AddNumberToObject(o, "steps", r->num_steps);
     cJSON_AddNumberToObject(o, "batch", r->batch);
-    cJSON_AddStringToObject(o, "size", r->size);
+    if (r->size) cJSON_AddStringToObject(o, "size", r->size);
     cJSON_AddNumberToObject(o, "runs", r->num_runs);
     cJSON_AddNumberToObject(o, "median_ms", r->median_ms);
     cJSON_AddNumberToObject(o, "mean_ms", r->mean_ms);
@@ -150,6 +199,7 @@ static cJSON *row_json(const bench_row *r) {
     if (r->images_per_s > 0) cJSON_AddNumberToObject(o, "images_per_s", r->images_per_s);
     if (r->floor_ms > 0) cJSON_AddNumberToObject(o, "floor_ms", r->floor_ms);
     if (r->world) add_world_json(o, r);
+    if (r->text) add_text_json(o, r);
     return o;
 }
 
@@ -172,17 +222,21 @@ static rf_status print_json(const bench_row *rows, int num_rows, rf_error *err) 
 }
 
 rf_status bench_print(const bench_row *rows, int num_rows, bench_format format, rf_error *err) {
-    bool world = num_rows > 0 && rows[0].world;
+    bool world = num_rows > 0 && rows[0].world, text = num_rows > 0 && rows[0].text;
     switch (format) {
     case BENCH_MD:
-        if (world) {
+        if (text) {
+            print_text_md(rows, num_rows);
+        } else if (world) {
             print_world_md(rows, num_rows);
         } else {
             print_md(rows, num_rows);
         }
         return RF_OK;
     case BENCH_CSV:
-        if (world) {
+        if (text) {
+            print_text_csv(rows, num_rows);
+        } else if (world) {
             print_world_csv(rows, num_rows);
         } else {
             print_csv(rows, num_rows);

@@ -25,6 +25,11 @@ typedef struct {
     double frames_per_s;
     size_t arena_bytes; /* device memory of the session */
     int graph_nodes;    /* of a captured step */
+
+    /* Rows of text: a third table; label, kept (keys in front of the computed rows) and what follows it above count too. */
+    bool text;
+    int num_rows, head_rows; /* of a sequence: computed, and those that go through the head */
+    double gbytes_per_s;     /* weights read once a pass, over the median */
 } bench_row;
 
 /* Fills num_runs, median, mean, sd and min from times (sorted in place). */

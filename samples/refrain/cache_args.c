@@ -59,6 +59,9 @@ rf_status cache_args_check(const cache_args *a, rf_error *err) {
     if (first && second) return rf_fail(err, RF_ERR_ARGUMENT, "%s and %s exclude each other", first, second);
     if (!cache_args_wanted(a)) return check_without_policy(a, err);
     if (a->preset) return RF_OK;
+    const rf_policy_def *def = a->replay ? NULL : rf_policy_find(a->mode);
+    if (def && def->rows)
+        return rf_fail(err, RF_ERR_ARGUMENT, "--cache-mode %s: a row policy of text models (refrain text)", a->mode);
     rf_policy *policy = NULL;
     rf_status st = named_policy(&policy, a, err);
     rf_policy_destroy(policy);

@@ -1,9 +1,11 @@
-/* samples/refrain/cmd_bench.c - `refrain bench`: time of one forward of the transformer, of whole images, or of a world's frames.
+/* samples/refrain/cmd_bench.c - `refrain bench`: time of one forward of the transformer, of whole images, of a world's frames, or of
+ * passes of a text model.
  *
  * dit-forward  One forward of `batch` rows (both branches of guidance counted), replayed from a CUDA graph where there are
  *              graphs. Replays are queued back to back between time marks on the stream, so what is timed is the device.
  * image        Denoising and decoding of `batch` pictures, as `refrain image` runs them, by the clock.
  * world        The parts of a new frame of `batch` rollouts, and whole rollouts: bench_world.c.
+ * text         Passes of `batch` sequences, by computed rows and kept keys: bench_text.c.
  * Warm-up runs come first and are not counted. TFLOP/s counts the transformer's matrix products and attention, two operations
  * a multiply-add; modulation is computed once a run and not counted in a forward.
  * The floor (--floors) is the larger of: the weights read once at the measured speed of a device copy, and the operations at
@@ -41,11 +43,15 @@ static args_result read_args(bench_args *a, int argc, char **argv) {
                       .cfg_scale = 4};
     const arg_option options[] = {
         arg_string("model", 'm', "DIR", "folder, or name of a shipped model (default: objects)", &a->model),
-        arg_string("synthetic-weights", 0, "CONFIG", "random weights: dit-xl-2-256, oasis-500m, a config.json, ...",
-                   &a->synthetic),
-        arg_choice("what", 0, "dit-forward, image, world (default: dit-forward)", &a->what, "dit-forward image world"),
+        arg_string("synthetic-weights", 0, "CONFIG",
+                   "random weights: dit-xl-2-256, oasis-500m, llada-8b, a config.json, ...", &a->synthetic),
+        arg_choice("what", 0, "dit-forward, image, world, text (default: dit-forward)", &a->what,
+                   "dit-forward image world text"),
+        arg_string("rows", 'p', "N[,N...]", "text: computed rows (default: by the model's kind)", &a->rows),
+        arg_string("kept", 0, "N[,N...]", "text: keys in front of them (default: likewise)", &a->kept),
         arg_string("batch-size", 'b', "N[,N...]",
-                   "rows with both branches counted; pictures; rollouts (default: 2; of a world 1)", &a->batches),
+                   "rows with both branches counted; pictures; rollouts; texts (default: 2; worlds, text 1)",
+                   &a->batches),
         arg_int("repetitions", 'r', "N", "timed runs after warm-up (default: 15)", &a->num_runs, 1, MAX_RUNS),
         arg_int("steps", 0, "N", "denoising steps (default: images 20, a world's own)", &a->num_steps, 1, 10000),
         arg_int("frames", 0, "N", "world: with the first (default: its window)", &a->num_frames, 2, 100000),
@@ -66,11 +72,12 @@ static args_result read_args(bench_args *a, int argc, char **argv) {
         arg_flag("quiet", 'q', "say nothing but errors and results", &a->quiet),
         arg_count("verbose", 'v', "say more; twice for debugging", &a->verbosity),
     };
-    const arg_spec spec = {.command = "refrain bench",
-                           .usage = "[options]",
-                           .about = "Times a forward of the transformer, whole images, or frames of a world.",
-                           .options = options,
-                           .num_options = sizeof options / sizeof options[0]};
+    const arg_spec spec = {
+        .command = "refrain bench",
+        .usage = "[options]",
+        .about = "Times a forward of the transformer, whole images, frames of a world, or passes of a text model.",
+        .options = options,
+        .num_options = sizeof options / sizeof options[0]};
     args_result result = args_parse(&spec, argc, argv, NULL, NULL);
     if (result == ARGS_OK && a->model && a->synthetic) {
         say_error("--model and --synthetic-weights exclude each other");
@@ -83,33 +90,45 @@ static args_result read_args(bench_args *a, int argc, char **argv) {
                                                                : "no-context-cache");
         return ARGS_USAGE_ERROR;
     }
+    if (result == ARGS_OK && strcmp(a->what, "text") != 0 && (a->rows || a->kept)) {
+        say_error("--%s: of --what text", a->rows ? "rows" : "kept");
+        return ARGS_USAGE_ERROR;
+    }
     return result;
+}
+
+static bool is_text(const bench *b) {
+    return strcmp(b->args.what, "text") == 0;
 }
 
 static bool is_world(const bench *b) {
     return strcmp(b->args.what, "world") == 0;
 }
 
-/* "2,16,64" */
-static rf_status read_batches(bench *b, rf_error *err) {
-    const char *text = b->args.batches ? b->args.batches : is_world(b) ? "1" : "2";
-    for (;;) {
+rf_status bench_read_numbers(const char *all, const char *option, int min, int max, int *out, int *num, rf_error *err) {
+    for (const char *text = all;;) {
         char *end = NULL;
         long v = strtol(text, &end, 10);
-        if (end == text || (*end && *end != ',') || v < 1 || v > 4096) {
-            return rf_fail(err, RF_ERR_ARGUMENT,
-                           "--batch-size: expected numbers 1..4096 with commas between, found '%s'", b->args.batches);
+        if (end == text || (*end && *end != ',') || v < min || v > max) {
+            return rf_fail(err, RF_ERR_ARGUMENT, "--%s: expected numbers %d..%d with commas between, found '%s'",
+                           option, min, max, all);
         }
-        if (b->num_batches == MAX_BATCHES)
-            return rf_fail(err, RF_ERR_ARGUMENT, "--batch-size: more than %d numbers", MAX_BATCHES);
-        b->batches[b->num_batches++] = (int)v;
+        if (*num == MAX_BATCHES)
+            return rf_fail(err, RF_ERR_ARGUMENT, "--%s: more than %d numbers", option, MAX_BATCHES);
+        out[(*num)++] = (int)v;
         if (!*end) return RF_OK;
         text = end + 1;
     }
 }
 
+static rf_status read_batches(bench *b, rf_error *err) {
+    const char *text = b->args.batches ? b->args.batches : is_world(b) || is_text(b) ? "1" : "2";
+    return bench_read_numbers(text, "batch-size", 1, 4096, b->batches, &b->num_batches, err);
+}
+
 static rf_status open_model(bench *b, rf_error *err) {
     const bench_args *a = &b->args;
+    if (is_text(b)) return bench_text_open(b, err);
     if (is_world(b)) {
         opened_world opened;
         rf_status st =
@@ -411,11 +430,11 @@ static rf_status print_rows(const bench *b, const bench_row *rows, int num, rf_e
     return bench_print(rows, num, format, err);
 }
 
-static rf_status run_world(bench *b, rf_error *err) {
+static rf_status run_table(bench *b, rf_error *err) {
     bench_row *rows = NULL;
     int num = 0;
     if (b->args.floors) RF_TRY(measure_floors(b, err));
-    rf_status st = bench_worlds(b, &rows, &num, err);
+    rf_status st = is_text(b) ? bench_texts(b, &rows, &num, err) : bench_worlds(b, &rows, &num, err);
     if (st == RF_OK) st = print_rows(b, rows, num, err);
     rf_free(rows);
     return st;
@@ -450,12 +469,16 @@ int cmd_bench(int argc, char **argv) {
     b.log = program_log(b.args.quiet ? -1 : b.args.verbosity);
     cancel_install();
     rf_status st = open_bench(&b, &err);
-    if (st == RF_OK) st = is_world(&b) ? run_world(&b, &err) : run_rows(&b, &err);
+    if (st == RF_OK) st = is_world(&b) || is_text(&b) ? run_table(&b, &err) : run_rows(&b, &err);
     int status = st == RF_OK ? EXIT_OK : fail_with(&err);
     rf_image_model_close(b.model);
     rf_world_model_close(b.world);
-    rf_backend_close(b.backend);
-    rf_free(b.model_path);
+    if (is_text(&b)) {
+        close_text_model(&b.text); /* with its backend and path */
+    } else {
+        rf_backend_close(b.backend);
+        rf_free(b.model_path);
+    }
     rf_free(b.tuning_path);
     rf_free(b.times);
     return status;

@@ -13,7 +13,9 @@
 #include "dit/config.h"
 #include "dit/sampler.h"
 #include "dit/world.h"
+#include "dlm/model.h"
 #include "samples/refrain/args.h"
+#include "samples/refrain/info_text.h"
 #include "samples/refrain/info_world.h"
 #include "samples/refrain/program.h"
 #include "samples/refrain/report.h"
@@ -290,7 +292,7 @@ int cmd_info(int argc, char **argv) {
         .command = "refrain info",
         .usage = "[MODEL] [options]",
         .about = "Says what a model folder, a shipped model or a safetensors file holds: family, sizes, classes or "
-                 "actions, parameters, memory. For a file it lists the tensors.",
+                 "actions or tokens, parameters, memory. For a file it lists the tensors.",
         .options = options,
         .num_options = sizeof options / sizeof options[0],
         .max_positional = 1,
@@ -313,6 +315,8 @@ int cmd_info(int argc, char **argv) {
     char *index = st == RF_OK ? rf_path_join(path, "model_index.json") : NULL;
     if (st == RF_OK && rf_path_is_dir(path) && rf_world_is_world(path)) {
         st = info_world(path, json, &err);
+    } else if (st == RF_OK && rf_path_is_dir(path) && rf_text_is_text(path)) {
+        st = info_text(path, json, &err);
     } else if (st == RF_OK && rf_path_is_dir(path) && index && rf_path_exists(index)) {
         st = read_model(&model, path, &err);
         if (st == RF_OK && json) {

@@ -50,18 +50,21 @@ static void paper_number(const char *paper, char *text, size_t text_bytes) {
     snprintf(text, text_bytes, "%.*s", len ? (int)len : 1, len ? number : "-");
 }
 
+static void print_line(const rf_policy_def *def) {
+    char number[32];
+    paper_number(def->paper, number, sizeof number);
+    printf("%-*s%-*s%-*s", NAME_WIDTH, def->name, LEVEL_WIDTH, def->level, PAPER_WIDTH, number);
+    print_wrapped(def->summary, NAME_WIDTH + LEVEL_WIDTH + PAPER_WIDTH);
+}
+
 static void print_list(void) {
     printf("%-*s%-*s%-*s%s\n", NAME_WIDTH, "name", LEVEL_WIDTH, "level", PAPER_WIDTH, "arXiv", "what it does");
-    for (int i = 0; i < rf_policy_count(); i++) {
-        const rf_policy_def *def = rf_policy_at(i);
-        char number[32];
-        paper_number(def->paper, number, sizeof number);
-        printf("%-*s%-*s%-*s", NAME_WIDTH, def->name, LEVEL_WIDTH, def->level, PAPER_WIDTH, number);
-        print_wrapped(def->summary, NAME_WIDTH + LEVEL_WIDTH + PAPER_WIDTH);
-    }
+    for (int i = 0; i < rf_policy_count(); i++) print_line(rf_policy_at(i));
+    printf("\nRows of a text (refrain text --cache-mode NAME):\n");
+    for (int i = 0; i < rf_row_policy_count(); i++) print_line(rf_row_policy_at(i));
     printf("\nrefrain policies NAME shows one with its options; refrain policies -m MODEL the\n"
            "presets of a model; refrain image --cache-mode NAME --cache-option K=V uses one,\n"
-           "refrain world too: all of them fit worlds.\n");
+           "refrain world too: all of them fit worlds, but for those of text.\n");
 }
 
 /* ---- one policy ---- */
@@ -91,9 +94,11 @@ static void print_policy(const rf_policy_def *def) {
     print_heading("does", def->summary);
     print_heading("paper", def->paper);
     print_heading("fits", def->fits);
-    print_heading("worlds", def->carries
-                                ? "inside the steps of a frame; --carry starts a frame with the last one's features"
-                                : "inside the steps of a frame");
+    if (!def->rows) {
+        print_heading("worlds", def->carries
+                                    ? "inside the steps of a frame; --carry starts a frame with the last one's features"
+                                    : "inside the steps of a frame");
+    }
     printf("\noptions, with their defaults%s\n", def->num_options ? ":" : ": none");
     for (int i = 0; i < def->num_options; i++) {
         const rf_policy_option *o = &def->options[i];
@@ -166,8 +171,8 @@ static cJSON *policy_json(const rf_policy_def *def) {
 /* only: NULL = all of them. */
 static rf_status print_json(const rf_policy_def *only, rf_error *err) {
     cJSON *root = cJSON_CreateArray();
-    for (int i = 0; i < rf_policy_count(); i++) {
-        const rf_policy_def *def = rf_policy_at(i);
+    for (int i = 0; i < rf_policy_count() + rf_row_policy_count(); i++) {
+        const rf_policy_def *def = i < rf_policy_count() ? rf_policy_at(i) : rf_row_policy_at(i - rf_policy_count());
         if (!only || def == only) cJSON_AddItemToArray(root, policy_json(def));
     }
     return report_print_json(root, err);

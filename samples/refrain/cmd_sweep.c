@@ -15,6 +15,7 @@
 #include "core/json.h"
 #include "core/memory.h"
 #include "core/metrics.h"
+#include "dlm/model.h"
 #include "samples/refrain/args.h"
 #include "samples/refrain/program.h"
 #include "samples/refrain/sweep_report.h"
@@ -38,11 +39,13 @@ static const char sampler_names[] = "ddpm ddim dpm++2m dpm++2m-sde euler flow-eu
 static args_result read_args(sweep_args *a, int argc, char **argv) {
     *a = (sweep_args){.device = "auto", .dtype = "auto", .seed = DEFAULT_SEED, .cfg_scale = NAN};
     const arg_option options[] = {
-        arg_string("model", 'm', "DIR", "of images or a world; a shipped one's name (objects)", &a->model),
+        arg_string("model", 'm', "DIR", "of images, a world or text; a shipped one's name", &a->model),
         arg_strings("policy", 0, "SPEC", "NAME:OPT=A..B/N;OPT2=V,V or all; may be repeated (all)", &a->policies),
         arg_string("fewer-steps", 0, "LIST", "the control: auto or step counts (default: auto)", &a->fewer_steps),
         arg_string("report", 0, "DIR", "for results, report.html; starts again where it was", &a->report),
-        arg_int("num", 'n', "N", "pictures, each of its own seed (default: 4)", &a->num_pictures, 1, MAX_PICTURES),
+        arg_int("num", 'n', "N", "pictures, or samples of each task (default: 4)", &a->num_pictures, 1, MAX_PICTURES),
+        arg_string("task", 0, "LIST", "of text: all, long, names (total,eval,trace)", &a->tasks),
+        arg_string("guide", 0, "MODEL", "of text: for commit=guided (default: none)", &a->guide),
         arg_strings("class", 0, "NAME|ID", "several take turns (default: spread over all)", &a->classes),
         arg_int("steps", 0, "N", "denoising steps (default: 50; a world's own)", &a->num_steps, 2, 10000),
         arg_double("cfg-scale", 0, "X", "guidance; 1 = off (default: 4)", &a->cfg_scale, 0, 1000),
@@ -75,7 +78,7 @@ static args_result read_args(sweep_args *a, int argc, char **argv) {
     };
     const arg_spec spec = {.command = "refrain sweep",
                            .usage = "[options]",
-                           .about = "Measures speed and quality of feature caching against the uncached run.",
+                           .about = "Measures speed and quality of caching policies against the uncached run.",
                            .options = options,
                            .num_options = sizeof options / sizeof options[0]};
     args_result result = args_parse(&spec, argc, argv, NULL, NULL);
@@ -88,26 +91,45 @@ static args_result read_args(sweep_args *a, int argc, char **argv) {
 
 /* An option that would do nothing is refused. */
 static rf_status check_kind(const sweep_run *run, rf_error *err) {
+    enum { IMAGES = 1, WORLDS = 2, TEXTS = 4 };
     const sweep_args *a = &run->args;
-    const char *of_images = a->num_pictures        ? "num"
-                            : a->classes.count     ? "class"
-                            : !isnan(a->cfg_scale) ? "cfg-scale"
-                            : a->sampler           ? "sampling-method"
-                            : a->width             ? "width"
-                            : a->height            ? "height"
-                                                   : NULL;
-    const char *of_worlds = a->num_frames      ? "frames"
-                            : a->num_walks     ? "walks"
-                            : a->inits.count   ? "init"
-                            : a->actions.count ? "actions"
-                            : a->window        ? "window"
-                            : a->context       ? "context"
-                            : a->num_sinks     ? "sinks"
-                                               : NULL;
-    const char *wrong = run->is_world ? of_images : of_worlds;
-    if (!wrong) return RF_OK;
-    return rf_fail(err, RF_ERR_ARGUMENT, "--%s: of a model of %s; this is %s", wrong,
-                   run->is_world ? "images" : "worlds", run->is_world ? "a world" : "one of images");
+    bool searches = a->target_psnr > 0 || a->target_ssim > 0 || a->target_speedup > 0;
+    const struct {
+        bool given;
+        const char *name;
+        unsigned of;
+    } options[] = {
+        {a->num_pictures != 0, "num", IMAGES | TEXTS},
+        {a->classes.count != 0, "class", IMAGES},
+        {!isnan(a->cfg_scale), "cfg-scale", IMAGES},
+        {a->sampler != NULL, "sampling-method", IMAGES},
+        {a->width != 0, "width", IMAGES},
+        {a->height != 0, "height", IMAGES},
+        {a->num_frames != 0, "frames", WORLDS},
+        {a->num_walks != 0, "walks", WORLDS},
+        {a->inits.count != 0, "init", WORLDS},
+        {a->actions.count != 0, "actions", WORLDS},
+        {a->window != 0, "window", WORLDS},
+        {a->context != NULL, "context", WORLDS},
+        {a->num_sinks != 0, "sinks", WORLDS},
+        {a->num_steps != 0, "steps", IMAGES | WORLDS},
+        {a->batch != 0, "batch", IMAGES | WORLDS},
+        {searches, "target-...", IMAGES | WORLDS},
+        {a->tasks != NULL, "task", TEXTS},
+        {a->guide != NULL, "guide", TEXTS},
+    };
+    unsigned kind = run->is_text ? TEXTS : run->is_world ? WORLDS : IMAGES;
+    for (size_t i = 0; i < sizeof options / sizeof options[0]; i++) {
+        if (!options[i].given || options[i].of & kind) continue;
+        return rf_fail(err, RF_ERR_ARGUMENT, "--%s: of a model of %s; this is %s", options[i].name,
+                       options[i].of & IMAGES   ? "images"
+                       : options[i].of & WORLDS ? "worlds"
+                                                : "text",
+                       run->is_text    ? "one of text"
+                       : run->is_world ? "a world"
+                                       : "one of images");
+    }
+    return RF_OK;
 }
 
 static bool is_world_config(const char *config) {
@@ -125,13 +147,20 @@ static rf_status find_kind(sweep_run *run, rf_error *err) {
     const sweep_args *a = &run->args;
     char *path = NULL;
     if (a->synthetic) {
+        rf_text_desc desc;
         run->is_world = is_world_config(a->synthetic);
+        if (rf_text_config_builtin(&desc, a->synthetic, NULL) == RF_OK)
+            return rf_fail(err, RF_ERR_ARGUMENT,
+                           "--synthetic-weights %s: a sweep of text is scored on tasks, which random "
+                           "weights cannot do",
+                           a->synthetic);
     } else {
         RF_TRY(find_model(&path, a->model, err));
         run->is_world = rf_world_is_world(path);
+        run->is_text = !run->is_world && rf_text_is_text(path);
         rf_free(path);
     }
-    run->kind = run->is_world ? &sweep_worlds : &sweep_images;
+    run->kind = run->is_text ? &sweep_texts : run->is_world ? &sweep_worlds : &sweep_images;
     return check_kind(run, err);
 }
 
@@ -140,11 +169,13 @@ static bool is_search(const sweep_args *a) {
 }
 
 static rf_status add_spec(sweep_run *run, const char *spec, rf_error *err) {
+    if (run->is_text) return sweep_plan_add_text(&run->plan, spec, run->is_block_causal, err);
     return run->is_world ? sweep_plan_add_world(&run->plan, spec, run->slides, err)
                          : sweep_plan_add(&run->plan, spec, err);
 }
 
-/* Worlds take few steps: every number of them is in the control. */
+/* Worlds take few steps: every number of them is in the control. Of text, where
+ * steps are passes a block: the half, and the half of that. */
 static rf_status add_control(sweep_run *run, rf_error *err) {
     const sweep_args *a = &run->args;
     const char *text = a->fewer_steps ? a->fewer_steps : "auto";
@@ -156,6 +187,9 @@ static rf_status add_control(sweep_run *run, rf_error *err) {
             used += (size_t)snprintf(every + used, sizeof every - used, "%s%d", used ? "," : "", i);
         if (used) text = every;
     }
+    for (int i = run->num_steps / 2; run->is_text && strcmp(text, "auto") == 0 && i > 0; i /= 2)
+        used += (size_t)snprintf(every + used, sizeof every - used, "%s%d", used ? "," : "", i);
+    if (run->is_text && used) text = every;
     return sweep_plan_add_steps(&run->plan, text, run->num_steps, err);
 }
 
@@ -163,6 +197,7 @@ static rf_status make_plan(sweep_run *run, rf_error *err) {
     const sweep_args *a = &run->args;
     if (is_search(a) && a->policies.count == 0)
         return rf_fail(err, RF_ERR_ARGUMENT, "--target-...: expected the policy to search, as --policy NAME");
+    if (run->is_text) RF_TRY(add_spec(run, SWEEP_UNCACHED, err)); /* what the table is read against */
     if (run->num_steps > 0) RF_TRY(add_control(run, err));
     for (int i = 0; i < a->policies.count; i++) {
         if (!is_search(a)) {
@@ -182,12 +217,13 @@ static rf_status make_plan(sweep_run *run, rf_error *err) {
 static rf_status open_run(sweep_run *run, rf_error *err) {
     const sweep_args *a = &run->args;
     RF_TRY(find_kind(run, err));
-    run->num_steps = a->num_steps ? (int)a->num_steps : run->is_world ? 0 : DEFAULT_STEPS;
+    bool known_later = run->is_world || run->is_text;
+    run->num_steps = a->num_steps ? (int)a->num_steps : known_later ? 0 : DEFAULT_STEPS;
     RF_TRY(make_plan(run, err));
     RF_TRY(run->kind->open(run, err));
     run->warms_up = rf_backend_get_kind(run->backend) == RF_BACKEND_CUDA;
-    run->repeats = a->repeats ? (int)a->repeats : run->warms_up ? 3 : 2;
-    if (!run->is_world) return RF_OK;
+    run->repeats = a->repeats ? (int)a->repeats : run->warms_up ? 3 : run->is_text ? 1 : 2;
+    if (!known_later) return RF_OK;
     sweep_plan_free(&run->plan);
     return make_plan(run, err);
 }
@@ -322,7 +358,9 @@ static rf_status make_reference(sweep_run *run, rf_error *err) {
     }
     if (st == RF_OK) st = run->kind->prepare(run, err);
     if (st == RF_OK && !run->warms_up) st = sweep_store_add_baseline(run->store, r.ms, err);
-    if (st == RF_OK) st = time_base(run, err);
+    /* One token a pass is slow and its time needs no second look before the first setting. */
+    if (st == RF_OK && (!run->is_text || run->warms_up)) st = time_base(run, err);
+    if (st == RF_OK) run->based_ms = now_ms();
     return st;
 }
 
@@ -439,7 +477,7 @@ static rf_status measure(sweep_run *run, const sweep_setting *setting, void *ses
     }
     if (st == RF_OK)
         st = note_work(row, &r, (int64_t)num_steps * run->num_pictures, kinds, num_steps, run->num_steps, err);
-    if (st == RF_OK) st = measure_quality(run, row, err);
+    if (st == RF_OK) st = run->kind->quality ? run->kind->quality(run, row, err) : measure_quality(run, row, err);
     if (st == RF_OK) {
         char hash[17];
         row->repeats = repeats;
@@ -481,6 +519,9 @@ static void say_row(const sweep_run *run, const sweep_row *row) {
     }
     if (strcmp(row->status, "refused") == 0) {
         say("%s%s refused: %s", done, name, row->reason);
+    } else if (run->is_text) {
+        say("%s%s: %.2fx, %.1f %% right, %.1f %% of tokens agree, %.1f tokens/s, %.1f %% of row-passes%s", done, name,
+            row->speedup, 100 * row->score, 100 * row->agreement, row->tok_s, 100 * row->share_rows, left);
     } else {
         say("%s%s: %.2fx, PSNR %.2f dB, SSIM %.4f%s, %.0f %% of rows%s", done, name, row->speedup, row->psnr_mean,
             row->ssim_mean, kept, 100 * row->share_rows, left);
@@ -496,7 +537,7 @@ static rf_status run_setting(sweep_run *run, const sweep_setting *setting, int *
     sweep_row_clear(&row);
     RF_TRY(time_base_if_due(run, err));
     rf_status st = run->kind->create(run, setting, &session, err);
-    bool refused = (setting->object || run->is_world) && is_refusal(st);
+    bool refused = (setting->object || run->is_world || run->is_text) && is_refusal(st);
     if (st != RF_OK && !refused) return st;
     if (!set_texts(&row, setting, refused ? "refused" : "ok", refused ? err->message : "")) {
         st = rf_fail(err, RF_ERR_MEMORY, "no memory for a result");
@@ -504,6 +545,11 @@ static rf_status run_setting(sweep_run *run, const sweep_setting *setting, int *
         st = refused ? RF_OK : measure(run, setting, session, &row, err);
     }
     run->kind->destroy(session);
+    if (st != RF_OK && run->is_text && is_refusal(st)) { /* a row policy is asked when a decode begins */
+        sweep_row_clear(&row);
+        st = set_texts(&row, setting, "refused", err->message) ? RF_OK
+                                                               : rf_fail(err, RF_ERR_MEMORY, "no memory for a result");
+    }
     if (st != RF_OK) {
         sweep_row_clear(&row);
         return st;
@@ -529,7 +575,7 @@ static rf_status run_plan(sweep_run *run, rf_error *err) {
         int index;
         st = run_setting(run, &run->plan.items[i], &index, err);
     }
-    if (st == RF_OK && run->num_done > 0) st = time_base(run, err);
+    if (st == RF_OK && run->num_done > 0 && !run->is_text) st = time_base(run, err);
     return st;
 }
 

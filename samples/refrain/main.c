@@ -21,6 +21,8 @@ typedef struct {
 static const command commands[] = {
     {"image", cmd_image, "sample images of classes with a diffusion transformer"},
     {"world", cmd_world, "walk through a world model: frames from actions, as a video or live"},
+    {"text", cmd_text, "complete a prompt with a diffusion or an autoregressive language model"},
+    {"eval", cmd_eval, "score a text model on built-in tasks"},
     {"info", cmd_info, "what a model folder or a safetensors file holds"},
     {"bench", cmd_bench, "time forwards or whole images"},
     {"metadata", cmd_metadata, "print the settings embedded in a PNG"},
@@ -32,7 +34,7 @@ static const command commands[] = {
     {"calibrate", cmd_calibrate, "measure on a model what some policies need to know about it"},
 #endif
 };
-static const char command_names[] = "image world info bench metadata policies"
+static const char command_names[] = "image world text eval info bench metadata policies"
 #ifdef RF_HAVE_SWEEP
                                     " sweep"
 #endif
@@ -45,7 +47,7 @@ static const char command_names[] = "image world info bench metadata policies"
 
 static void print_help(void) {
     printf("usage: refrain COMMAND [options]\n"
-           "Runs diffusion transformers on CPU and NVIDIA GPUs.\n\ncommands:\n");
+           "Runs diffusion transformers and language models on CPU and NVIDIA GPUs.\n\ncommands:\n");
     for (size_t i = 0; i < NUM_COMMANDS; i++) printf("  %-12s%s\n", commands[i].name, commands[i].about);
     printf("\n  refrain COMMAND --help   options of a command, with their defaults\n"
            "  refrain --list-devices   the devices that --device can name\n"

@@ -15,9 +15,11 @@
 
 #include "core/file.h"
 #include "core/memory.h"
+#include "dlm/model.h"
 
 #define SAMPLE_MODEL "objects"
 #define SAMPLE_WORLD "maze"
+#define SAMPLE_TEXT  "text"
 
 static void say_line(const char *prefix, const char *format, va_list args) {
     char line[1024];
@@ -179,6 +181,10 @@ rf_status find_world(char **out, const char *name, rf_error *err) {
     return find_or(out, name, SAMPLE_WORLD, err);
 }
 
+rf_status find_text(char **out, const char *name, rf_error *err) {
+    return find_or(out, name, SAMPLE_TEXT, err);
+}
+
 char *tuning_cache_path(bool create) {
     const char *cache = getenv("XDG_CACHE_HOME");
     const char *home = getenv("HOME");
@@ -211,23 +217,21 @@ void format_bytes(char *out, size_t out_bytes, double bytes) {
     snprintf(out, out_bytes, unit == 0 ? "%.0f %s" : "%.1f %s", bytes, units[unit]);
 }
 
-/* Drops slashes at the end of path; gives its last element. */
-static const char *short_name(char *path) {
+const char *short_name(char *path) {
     size_t len = strlen(path);
     while (len > 1 && path[len - 1] == '/') path[--len] = 0;
     const char *slash = strrchr(path, '/');
     return slash && slash[1] ? slash + 1 : path;
 }
 
-/* Folder or config, device and dtype: what comes before the model itself. */
-static rf_status open_place(char **path, rf_backend **backend, rf_dtype *dtype, const char *name, const char *synthetic,
-                            const char *sample, const char *device, int threads, const char *dtype_name,
-                            const rf_log *log, rf_error *err) {
+rf_status open_place(char **path, rf_backend **backend, rf_dtype *dtype, const char *name, const char *synthetic,
+                     rf_status (*find)(char **, const char *, rf_error *), const char *device, int threads,
+                     const char *dtype_name, const rf_log *log, rf_error *err) {
     if (synthetic) {
         *path = rf_strdup(synthetic);
         if (!*path) return rf_fail(err, RF_ERR_MEMORY, "%s: no memory for its name", synthetic);
     } else {
-        RF_TRY(find_or(path, name, sample, err));
+        RF_TRY(find(path, name, err));
     }
     RF_TRY(rf_backend_open(backend, device, threads, err));
     rf_backend_set_log(*backend, log);
@@ -237,10 +241,12 @@ static rf_status open_place(char **path, rf_backend **backend, rf_dtype *dtype, 
 rf_status open_image_model(opened_model *out, const char *name, const char *synthetic, const char *device, int threads,
                            const char *dtype, const rf_log *log, rf_error *err) {
     *out = (opened_model){0};
-    RF_TRY(open_place(&out->path, &out->backend, &out->dtype, name, synthetic, SAMPLE_MODEL, device, threads, dtype,
-                      log, err));
+    RF_TRY(open_place(&out->path, &out->backend, &out->dtype, name, synthetic, find_model, device, threads, dtype, log,
+                      err));
     if (!synthetic && rf_world_is_world(out->path))
         return rf_fail(err, RF_ERR_ARGUMENT, "%s: a world model, and not one of images (refrain world)", out->path);
+    if (!synthetic && rf_text_is_text(out->path))
+        return rf_fail(err, RF_ERR_ARGUMENT, "%s: a text model, and not one of images (refrain text)", out->path);
     if (synthetic) {
         RF_TRY(rf_image_model_synthetic(&out->model, out->backend, synthetic, out->dtype, 0, err));
     } else {
@@ -253,10 +259,11 @@ rf_status open_image_model(opened_model *out, const char *name, const char *synt
 rf_status open_world_model(opened_world *out, const char *name, const char *synthetic, const char *device, int threads,
                            const char *dtype, const rf_log *log, rf_error *err) {
     *out = (opened_world){0};
-    RF_TRY(open_place(&out->path, &out->backend, &out->dtype, name, synthetic, SAMPLE_WORLD, device, threads, dtype,
-                      log, err));
+    RF_TRY(open_place(&out->path, &out->backend, &out->dtype, name, synthetic, find_world, device, threads, dtype, log,
+                      err));
     if (!synthetic && rf_path_is_dir(out->path) && !rf_world_is_world(out->path))
-        return rf_fail(err, RF_ERR_ARGUMENT, "%s: not a world model (of images: refrain image)", out->path);
+        return rf_fail(err, RF_ERR_ARGUMENT, "%s: not a world model (of %s)", out->path,
+                       rf_text_is_text(out->path) ? "text: refrain text" : "images: refrain image");
     if (synthetic) {
         RF_TRY(rf_world_model_synthetic(&out->model, out->backend, synthetic, out->dtype, 0, err));
     } else {

@@ -22,6 +22,8 @@ int cmd_bench(int argc, char **argv);
 int cmd_metadata(int argc, char **argv);
 int cmd_policies(int argc, char **argv);
 int cmd_world(int argc, char **argv);
+int cmd_text(int argc, char **argv);
+int cmd_eval(int argc, char **argv);
 int cmd_sweep(int argc, char **argv);
 int cmd_calibrate(int argc, char **argv);
 
@@ -54,9 +56,17 @@ rf_status dtype_for(rf_dtype *out, const char *name, const rf_backend *backend, 
 
 /* The folder of a model: `name` itself if it is a path that exists, else NAME in $REFRAIN_MODELS, beside the program
  * (../samples/models) or in its install folder (../share/refrain/models). NULL stands for the shipped sample model of
- * images, for find_world of worlds. *out is rf_free'd by the caller. */
+ * images, for find_world of worlds, for find_text of text. *out is rf_free'd by the caller. */
 rf_status find_model(char **out, const char *name, rf_error *err);
 rf_status find_world(char **out, const char *name, rf_error *err);
+rf_status find_text(char **out, const char *name, rf_error *err);
+
+/* Folder or config, device and dtype: what comes before a model itself. find: one of the functions above. */
+rf_status open_place(char **path, rf_backend **backend, rf_dtype *dtype, const char *name, const char *synthetic,
+                     rf_status (*find)(char **, const char *, rf_error *), const char *device, int threads,
+                     const char *dtype_name, const rf_log *log, rf_error *err);
+/* Drops slashes at the end of path; gives its last element. */
+const char *short_name(char *path);
 
 /* A device and an image model on it. Also after a failure what is there must be given back: close model and backend, free path. */
 typedef struct {

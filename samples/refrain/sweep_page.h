@@ -2,6 +2,7 @@
  *
  *   sweep_report.c  verdicts, the table for a terminal, the page with its summary, table and pictures
  *   sweep_plot.c    writing HTML; plots by gnuplot or, without it, as SVG of our own
+ *   sweep_words.c   what only text has: its summary, its table, how it was measured
  *   sweep_frames.c  what only worlds have: quality over frames, strips of frames, their table, what was refused */
 #ifndef REFRAIN_SWEEP_PAGE_H
 #define REFRAIN_SWEEP_PAGE_H
@@ -10,8 +11,8 @@
 #include "samples/refrain/sweep_report.h"
 
 /* What a plot has to the right: speed-up as measured; all token rows over the computed ones; the speed-up against the run that computes
- * everything in every step. */
-typedef enum { SWEEP_X_SPEED = 0, SWEEP_X_WORK, SWEEP_X_PLAIN } sweep_axis;
+ * everything in every step; text: tokens a second. */
+typedef enum { SWEEP_X_SPEED = 0, SWEEP_X_WORK, SWEEP_X_PLAIN, SWEEP_X_RATE } sweep_axis;
 double sweep_x_of(const sweep_row *row, sweep_axis axis);
 bool sweep_on_front_by(const sweep_store *store, const sweep_row *row, sweep_metric metric, sweep_axis axis);
 /* The control by rising x. Returns the number of points; points NULL: counts only. */
@@ -57,6 +58,17 @@ typedef struct {
     double top; /* values above are drawn there */
 } page_line_plot;
 void page_out_lines(page *p, const page_line_plot *plot);
+
+/* "above 5 points", ... as a cell of a table. */
+void page_out_verdict(page *p, const sweep_verdict *verdict);
+/* The fastest row at a level: of the policies, or of the control. NULL: none. */
+const sweep_row *page_fastest(const page *p, sweep_metric metric, double level, bool control);
+
+/* ---- sweep_words.c ---- */
+
+void page_out_words_summary(page *p);
+void page_out_words_table(page *p);
+void page_out_words_method(page *p);
 
 /* ---- sweep_frames.c ---- */
 

@@ -9,6 +9,7 @@
 #include <string.h>
 
 #include "core/memory.h"
+#include "samples/refrain/text_args.h"
 
 #define MAX_VALUES       1000 /* of one option */
 #define VALUE_BYTES      512
@@ -118,6 +119,51 @@ static const char *const builtin_slides[] = {
     "worldcache:warmup=3;max_skips=2;threshold=2;context=keep",
 };
 
+/* Of text: each row policy with one token a pass and with the two commit rules that most papers pair them with, then its own knob; the
+ * commit rules alone, which are not caching. */
+static const char *const builtin_text[] = {
+    "none",
+    "none+commit=threshold+threshold=0.8,0.9,0.95",
+    "none+commit=factor+factor=0.5,1",
+    "none+commit=entropy-bound+entropy-bound=0.001,0.1",
+    "prefix",
+    "prefix+commit=threshold",
+    "dual",
+    "dual+commit=threshold+threshold=0.8,0.9,0.95",
+    "dual+commit=factor",
+    "dual+attention-reuse=flashblock",
+    "vicinity",
+    "vicinity+commit=threshold",
+    "window:refresh=8,16,32",
+    "window:refresh=8,32+commit=threshold",
+    "freecache",
+    "freecache+commit=threshold",
+    "dkv",
+    "dkv+commit=threshold",
+    "dllm-cache",
+    "dllm-cache+commit=threshold",
+    "elastic:threshold=0.8,0.9,0.95",
+    "elastic:threshold=0.9+commit=threshold",
+};
+
+/* Of block-causal models: finished blocks are exact, rows of the block are what there is to choose. */
+static const char *const builtin_blocks[] = {
+    "none",
+    "none+commit=threshold+threshold=0.8,0.9,0.95",
+    "none+commit=factor+factor=0.5,1",
+    "none+commit=entropy-bound+entropy-bound=0.001,0.1",
+    "none+attention-reuse=flashblock+reuse-refresh=1,2,4",
+    "none+attention-reuse=flashblock+reuse-refresh=2,8+reuse-refresh-rows=true",
+    "none+attention-reuse=flashblock+commit=threshold",
+};
+
+const char *sweep_builtin_text_spec(int index, bool block_causal) {
+    int num = (int)(block_causal ? sizeof builtin_blocks / sizeof builtin_blocks[0]
+                                 : sizeof builtin_text / sizeof builtin_text[0]);
+    if (index < 0 || index >= num) return NULL;
+    return block_causal ? builtin_blocks[index] : builtin_text[index];
+}
+
 #define NUM_WORLD  (int)(sizeof builtin_world / sizeof builtin_world[0])
 #define NUM_SLIDES (int)(sizeof builtin_slides / sizeof builtin_slides[0])
 
@@ -161,6 +207,7 @@ void sweep_plan_free(sweep_plan *plan) {
         rf_free(s->policy);
         rf_free(s->options);
         rf_free(s->key);
+        rf_free(s->decode);
         rf_policy_destroy(s->object);
     }
     rf_free(plan->items);
@@ -191,18 +238,19 @@ static char *key_of(const sweep_setting *s) {
         used += (size_t)snprintf(more + used, sizeof more - used, ";carry=%s", carries[s->carry]);
     if (s->context != SWEEP_CONTEXT_GIVEN)
         snprintf(more + used, sizeof more - used, "%scontext=%s", s->object ? ";" : "", contexts[s->context]);
-    size_t room = len + describe + strlen(more) + 2;
+    const char *decode = s->decode ? s->decode : "";
+    size_t room = len + describe + strlen(more) + strlen(decode) + 3;
     char *key = rf_alloc(room);
     if (!key) return NULL;
     memcpy(key, s->policy, len);
     key[len] = ':';
     key[len + 1] = 0;
     if (s->object) rf_policy_describe(s->object, key + len + 1, describe + 1);
-    memcpy(key + len + 1 + describe, more, strlen(more) + 1);
+    snprintf(key + len + 1 + describe, room - len - 1 - describe, "%s%s%s", more, decode[0] ? "+" : "", decode);
     return key;
 }
 
-/* Takes s.object; makes the texts. A setting that is there already is dropped. */
+/* Takes s.object and s.decode; makes the texts. A setting that is there already is dropped. */
 static rf_status append(sweep_plan *plan, sweep_setting s, const char *name, const char *options, rf_error *err) {
     rf_policy *object = s.object;
     s.policy = rf_strdup(name);
@@ -232,6 +280,7 @@ static rf_status append(sweep_plan *plan, sweep_setting s, const char *name, con
     rf_free(s.policy);
     rf_free(s.options);
     rf_free(s.key);
+    rf_free(s.decode);
     rf_policy_destroy(object);
     return st;
 }
@@ -360,7 +409,9 @@ typedef struct {
     value_list values;
 } axis;
 
-#define MAX_AXES (RF_POLICY_MAX_OPTIONS + 2)
+#define MAX_AXES (RF_POLICY_MAX_OPTIONS + 2 + TEXT_MAX_SETTINGS)
+
+typedef enum { OF_IMAGES = 0, OF_WORLDS, OF_TEXT } spec_kind;
 
 typedef struct {
     const char *spec, *name;
@@ -368,7 +419,7 @@ typedef struct {
     rf_policy *base;          /* all defaults; NULL likewise */
     axis *axes;               /* [MAX_AXES] */
     int num_axes;
-    bool world;
+    spec_kind kind;
 } parsed_spec;
 
 enum { CARRY = 0, CONTEXT };
@@ -385,7 +436,15 @@ static int find_name(const char *const *names, int num, const char *text) {
     return -1;
 }
 
-/* One value of an option, the world's own or the policy's. */
+/* Place in the table of text settings, -1 = an option of something else. */
+static int text_index(const rf_policy_option *option) {
+    for (int i = 0; text_setting_at(i); i++) {
+        if (text_setting_at(i) == option) return i;
+    }
+    return -1;
+}
+
+/* One value of an option, the world's own or the policy's; of a text setting it is checked only. */
 static rf_status set_value(sweep_setting *s, const rf_policy_option *option, const char *value, rf_error *err) {
     int carry = option == &world_options[CARRY] ? find_name(carries, 3, value) : 0;
     int context = option == &world_options[CONTEXT] ? find_name(contexts, 4, value) : 0;
@@ -393,6 +452,7 @@ static rf_status set_value(sweep_setting *s, const rf_policy_option *option, con
         return rf_fail(err, RF_ERR_ARGUMENT, "%s: expected one of %s, found '%s'", option->name, option->choices,
                        value);
     }
+    if (text_index(option) >= 0) return text_setting_check(text_index(option), value, err);
     if (option == &world_options[CARRY]) {
         s->carry = (rf_cache_carry)carry;
     } else if (option == &world_options[CONTEXT]) {
@@ -420,7 +480,8 @@ static rf_status check_values(const parsed_spec *parsed, const axis *a, rf_error
     return st;
 }
 
-static rf_status read_axis(parsed_spec *parsed, const piece *p, rf_error *err) {
+/* is_decode: a setting of decoding, and not an option of the policy. */
+static rf_status read_axis(parsed_spec *parsed, const piece *p, bool is_decode, rf_error *err) {
     const char *text = p->spec + p->at;
     const char *equals = memchr(text, '=', p->len);
     if (!equals || equals == text) return bad(p, err, "expected OPTION=VALUES");
@@ -428,13 +489,18 @@ static rf_status read_axis(parsed_spec *parsed, const piece *p, rf_error *err) {
     char name[64];
     snprintf(name, sizeof name, "%.*s", (int)name_len, text);
     const rf_policy_option *option = NULL;
-    for (int i = 0; parsed->world && i < 2; i++) {
+    if (is_decode) {
+        option = text_setting_at(text_setting_find(name));
+        if (!option) return bad(p, err, "no such setting of decoding (see refrain text --help)");
+    }
+    for (int i = 0; parsed->kind == OF_WORLDS && i < 2; i++) {
         if ((i == CONTEXT || parsed->def) && strcmp(world_options[i].name, name) == 0) option = &world_options[i];
     }
-    for (int i = 0; parsed->def && i < parsed->def->num_options; i++) {
+    for (int i = 0; !is_decode && parsed->def && i < parsed->def->num_options; i++) {
         if (strcmp(parsed->def->options[i].name, name) == 0) option = &parsed->def->options[i];
     }
-    if (!option && !parsed->def) return bad(p, err, "`none` takes the option context");
+    if (!option && !parsed->def)
+        return bad(p, err, parsed->kind == OF_TEXT ? "`none` has no options" : "`none` takes the option context");
     if (!option) { /* the policy's own message lists the valid ones */
         rf_status st = rf_policy_set_one(parsed->base, name, equals + 1, err);
         if (st == RF_OK) return bad(p, err, "expected an option of the policy");
@@ -450,28 +516,45 @@ static rf_status read_axis(parsed_spec *parsed, const piece *p, rf_error *err) {
     return st;
 }
 
-static rf_status parse_spec(parsed_spec *parsed, const char *spec, bool world, rf_error *err) {
+static rf_status find_policy(parsed_spec *parsed, const char *name, rf_error *err) {
+    rf_status st = rf_policy_create(&parsed->base, name, err);
+    if (st != RF_OK) return rf_fail_prefix(err, st, "--policy '%s'", parsed->spec);
+    parsed->def = rf_policy_get_def(parsed->base);
+    if (!parsed->def->rows == (parsed->kind != OF_TEXT)) return RF_OK;
+    st = rf_fail(err, RF_ERR_ARGUMENT, "--policy '%s': %s", parsed->spec,
+                 parsed->def->rows ? "a row policy, for models of text"
+                                   : "keeps features of diffusion transformers; this is a model of text");
+    rf_policy_destroy(parsed->base);
+    parsed->base = NULL;
+    return st;
+}
+
+static rf_status parse_spec(parsed_spec *parsed, const char *spec, spec_kind kind, rf_error *err) {
     char name[64];
+    size_t len = kind == OF_TEXT ? strcspn(spec, "+") : strlen(spec); /* of policy and options */
     size_t name_len = strcspn(spec, ":");
+    if (name_len > len) name_len = len;
     memset(parsed, 0, sizeof *parsed);
     parsed->spec = spec;
-    parsed->world = world;
+    parsed->kind = kind;
     piece whole = {spec, 0, name_len};
     if (name_len == 0 || name_len >= sizeof name) return bad(&whole, err, "expected the name of a policy");
     memcpy(name, spec, name_len);
     name[name_len] = 0;
     rf_status st = RF_OK;
-    if (!world || strcmp(name, SWEEP_UNCACHED) != 0) {
-        st = rf_policy_create(&parsed->base, name, err);
-        if (st != RF_OK) return rf_fail_prefix(err, st, "--policy '%s'", spec);
-        parsed->def = rf_policy_get_def(parsed->base);
-    }
+    if (kind == OF_IMAGES || strcmp(name, SWEEP_UNCACHED) != 0) RF_TRY(find_policy(parsed, name, err));
     parsed->name = parsed->def ? parsed->def->name : SWEEP_UNCACHED;
     parsed->axes = rf_alloc_zero(MAX_AXES, sizeof *parsed->axes);
     if (!parsed->axes) st = no_memory(err);
-    for (size_t at = name_len + 1; st == RF_OK && spec[name_len] == ':';) {
-        piece p = {spec, at, strcspn(spec + at, ";")};
-        st = read_axis(parsed, &p, err);
+    for (size_t at = name_len + 1; st == RF_OK && at <= len && spec[name_len] == ':';) {
+        size_t n = strcspn(spec + at, ";");
+        piece p = {spec, at, at + n > len ? len - at : n};
+        st = read_axis(parsed, &p, false, err);
+        at += p.len + 1;
+    }
+    for (size_t at = len + 1; st == RF_OK && spec[len] == '+';) {
+        piece p = {spec, at, strcspn(spec + at, "+")};
+        st = read_axis(parsed, &p, true, err);
         at += p.len;
         if (!spec[at]) break;
         at++;
@@ -480,25 +563,38 @@ static rf_status parse_spec(parsed_spec *parsed, const char *spec, bool world, r
     return st;
 }
 
+/* Appends "SEPARATOR name=value" to a text of `room` bytes. */
+static rf_status put_option(char *text, size_t room, const char *separator, const axis *a, const char *value,
+                            const char *spec, rf_error *err) {
+    size_t used = strlen(text);
+    int len = snprintf(text + used, room - used, "%s%s=%s", used ? separator : "", a->option->name, value);
+    if (len >= 0 && (size_t)len < room - used) return RF_OK;
+    return rf_fail(err, RF_ERR_ARGUMENT, "--policy '%.100s...': too long", spec);
+}
+
 /* The combination that the odometer shows. */
 static rf_status add_combination(sweep_plan *plan, const parsed_spec *parsed, const int *at, rf_error *err) {
-    char options[2048];
-    size_t used = 0;
+    char options[2048] = "", decode[1024] = "";
     sweep_setting s = {.object = parsed->base ? rf_policy_clone(parsed->base) : NULL, .context = SWEEP_CONTEXT_GIVEN};
     rf_status st = s.object || !parsed->base ? RF_OK : no_memory(err);
-    options[0] = 0;
     for (int i = 0; i < parsed->num_axes && st == RF_OK; i++) {
         const axis *a = &parsed->axes[i];
         const char *value = a->values.values[at[i]];
+        bool is_decode = text_index(a->option) >= 0;
         st = set_value(&s, a->option, value, err);
-        int len = snprintf(options + used, sizeof options - used, "%s%s=%s", used ? ";" : "", a->option->name, value);
-        if (len < 0 || (size_t)len >= sizeof options - used) {
-            if (st == RF_OK) st = rf_fail(err, RF_ERR_ARGUMENT, "--policy '%.100s...': too long", parsed->spec);
-        } else {
-            used += (size_t)len;
-        }
+        if (st == RF_OK && is_decode) st = put_option(decode, sizeof decode, "+", a, value, parsed->spec, err);
+        if (st == RF_OK && !is_decode) st = put_option(options, sizeof options, ";", a, value, parsed->spec, err);
+    }
+    size_t used = strlen(options);
+    if (st == RF_OK && decode[0]) {
+        int len = snprintf(options + used, sizeof options - used, "+%s", decode);
+        if (len < 0 || (size_t)len >= sizeof options - used)
+            st = rf_fail(err, RF_ERR_ARGUMENT, "--policy '%.100s...': too long", parsed->spec);
+        s.decode = rf_strdup(decode);
+        if (st == RF_OK && !s.decode) st = no_memory(err);
     }
     if (st != RF_OK) {
+        rf_free(s.decode);
         rf_policy_destroy(s.object);
         return st;
     }
@@ -516,9 +612,9 @@ static rf_status add_product(sweep_plan *plan, const parsed_spec *parsed, rf_err
     }
 }
 
-static rf_status add_spec(sweep_plan *plan, const char *spec, bool world, rf_error *err) {
+static rf_status add_spec(sweep_plan *plan, const char *spec, spec_kind kind, rf_error *err) {
     parsed_spec parsed;
-    rf_status st = parse_spec(&parsed, spec, world, err);
+    rf_status st = parse_spec(&parsed, spec, kind, err);
     if (st != RF_OK) return st;
     st = add_product(plan, &parsed, err);
     free_parsed(&parsed);
@@ -526,16 +622,50 @@ static rf_status add_spec(sweep_plan *plan, const char *spec, bool world, rf_err
 }
 
 rf_status sweep_plan_add(sweep_plan *plan, const char *spec, rf_error *err) {
-    if (strcmp(spec, "all") != 0) return add_spec(plan, spec, false, err);
-    for (int i = 0; sweep_builtin_spec(i); i++) RF_TRY(add_spec(plan, sweep_builtin_spec(i), false, err));
+    if (strcmp(spec, "all") != 0) return add_spec(plan, spec, OF_IMAGES, err);
+    for (int i = 0; sweep_builtin_spec(i); i++) RF_TRY(add_spec(plan, sweep_builtin_spec(i), OF_IMAGES, err));
     return RF_OK;
 }
 
 rf_status sweep_plan_add_world(sweep_plan *plan, const char *spec, bool slides, rf_error *err) {
-    if (strcmp(spec, "all") != 0) return add_spec(plan, spec, true, err);
+    if (strcmp(spec, "all") != 0) return add_spec(plan, spec, OF_WORLDS, err);
     for (int i = 0; sweep_builtin_world_spec(i, slides); i++)
-        RF_TRY(add_spec(plan, sweep_builtin_world_spec(i, slides), true, err));
+        RF_TRY(add_spec(plan, sweep_builtin_world_spec(i, slides), OF_WORLDS, err));
     return RF_OK;
+}
+
+rf_status sweep_plan_add_text(sweep_plan *plan, const char *spec, bool block_causal, rf_error *err) {
+    if (strcmp(spec, "all") != 0) return add_spec(plan, spec, OF_TEXT, err);
+    for (int i = 0; sweep_builtin_text_spec(i, block_causal); i++)
+        RF_TRY(add_spec(plan, sweep_builtin_text_spec(i, block_causal), OF_TEXT, err));
+    return RF_OK;
+}
+
+/* Is the word the name of a policy, so that a spec begins here and not one more value? */
+static bool begins_spec(const char *text) {
+    char name[64];
+    size_t len = strcspn(text, ":+,");
+    if (len >= sizeof name) return false;
+    memcpy(name, text, len);
+    name[len] = 0;
+    return strcmp(name, SWEEP_UNCACHED) == 0 || strcmp(name, "all") == 0 || rf_policy_find(name);
+}
+
+rf_status sweep_plan_add_text_list(sweep_plan *plan, const char *specs, bool block_causal, rf_error *err) {
+    for (const char *at = specs;;) {
+        const char *end = at + strcspn(at, ",");
+        bool has_values = at + strcspn(at, ":+") < end;
+        while (*end && has_values && !begins_spec(end + 1)) end += 1 + strcspn(end + 1, ",");
+        char *spec = rf_alloc((size_t)(end - at) + 1);
+        if (!spec) return no_memory(err);
+        memcpy(spec, at, (size_t)(end - at));
+        spec[end - at] = 0;
+        rf_status st = sweep_plan_add_text(plan, spec, block_causal, err);
+        rf_free(spec);
+        RF_TRY(st);
+        if (!*end) return RF_OK;
+        at = end + 1;
+    }
 }
 
 /* --- the control -------------------------------------------------------------------------------------------------- */
@@ -632,7 +762,7 @@ rf_status sweep_plan_search(const char *spec, bool world, sweep_plan *fixed, swe
     if (strcmp(spec, "all") == 0)
         return rf_fail(err, RF_ERR_ARGUMENT, "--policy all: a search with --target-... turns one option of one policy");
     rf_status st = with_counts(spec, &text, err);
-    if (st == RF_OK) st = parse_spec(&parsed, text, world, err);
+    if (st == RF_OK) st = parse_spec(&parsed, text, world ? OF_WORLDS : OF_IMAGES, err);
     if (st == RF_OK && !parsed.def) {
         free_parsed(&parsed);
         st = rf_fail(err, RF_ERR_ARGUMENT, "--policy '%s': a search turns an option of a policy", spec);

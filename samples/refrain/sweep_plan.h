@@ -12,7 +12,10 @@
  * Specs of worlds have two more options beside a policy's own:
  *   carry=off,first,last             a frame starts with stored features of the frame before (caching/cache.h)
  *   context=rebuild,keep,sinks,off   how kept frames are treated (dit/world.h), off: computed again in every step
- * and the name `none`, no policy, which takes `context` alone. */
+ * and the name `none`, no policy, which takes `context` alone.
+ *
+ * Specs of text have row policies, or `none`, and may go on with settings of decoding (text_args.h), one behind each '+':
+ *   dual+commit=threshold+threshold=0.8,0.9     none+steps=8,16     window:refresh=16,32+end=fill */
 #ifndef REFRAIN_SWEEP_PLAN_H
 #define REFRAIN_SWEEP_PLAN_H
 
@@ -33,12 +36,13 @@ typedef enum {
 
 typedef struct {
     char *policy;      /* name; "steps" for the control, "none" for other uncached runs */
-    char *options;     /* those that were asked for, "k=v;k2=v2"; "" = all defaults */
+    char *options;     /* those that were asked for, "k=v;k2=v2"; "" = all defaults; text: "+" and decode behind them */
     char *key;         /* "NAME:" and all options resolved: names the setting in a store; control: "steps:N" */
     rf_policy *object; /* NULL: no policy */
     int num_steps;     /* of the control; 0 = the sweep's own */
     rf_cache_carry carry;
     sweep_context context;
+    char *decode; /* text: settings of decoding, "k=v+k2=v2"; NULL or "" = none */
 } sweep_setting;
 
 typedef struct {
@@ -51,7 +55,12 @@ rf_status sweep_plan_add(sweep_plan *plan, const char *spec, rf_error *err);
 /* The same for worlds, where `all` is another list. slides: rollouts are longer than the window, so that `all` also tries ways to
  * treat frames when one leaves. A spec's `none:context=off` comes first in the plan: others are measured against it too. */
 rf_status sweep_plan_add_world(sweep_plan *plan, const char *spec, bool slides, rf_error *err);
-/* The control, the same sampler with fewer steps and no cache: "25,30" or "auto" (from 5 to 80 % of num_steps). */
+/* The same for text; `all` is the built-in list for a model of one kind. */
+rf_status sweep_plan_add_text(sweep_plan *plan, const char *spec, bool block_causal, rf_error *err);
+/* Several specs with commas between them: "none,dual:block=8,window" (a comma whose next word is no policy belongs to values). */
+rf_status sweep_plan_add_text_list(sweep_plan *plan, const char *specs, bool block_causal, rf_error *err);
+/* The control, the same sampler with fewer steps and no cache: "25,30" or "auto" (from 5 to 80 % of num_steps). Of text num_steps are
+ * passes a block. */
 rf_status sweep_plan_add_steps(sweep_plan *plan, const char *text, int num_steps, rf_error *err);
 /* One setting of a policy that is a copy of `fixed`, with one more option; for searches. */
 rf_status sweep_plan_add_value(sweep_plan *plan, const sweep_setting *fixed, const char *option, const char *value,
@@ -62,6 +71,7 @@ int sweep_plan_find(const sweep_plan *plan, const char *key); /* -1 = not in it 
 /* The built-in lists, one spec after the other; NULL past the end. */
 const char *sweep_builtin_spec(int index);
 const char *sweep_builtin_world_spec(int index, bool slides);
+const char *sweep_builtin_text_spec(int index, bool block_causal);
 
 /* A search over one option: values from the mild end (near the uncached run) to the aggressive one. */
 typedef struct {

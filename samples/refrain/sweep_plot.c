@@ -1,5 +1,6 @@
 /* samples/refrain/sweep_plot.c - writing HTML with everything inside, and plots: by gnuplot, which leaves its scripts for people, else as SVG
  * of our own. */
+#include <ctype.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <math.h>
@@ -98,7 +99,9 @@ const char *page_color_of(const char *policy) {
         {"spectrum", "#8a63d2"}, {"adacache", "#9c6b4e"},   {"worldcache", "#e03131"}, {"fbcache", "#f08c00"},
         {"dbcache", "#b3a200"},  {"deltacache", "#e667af"}, {"fora", "#1c4f82"},       {"taylorseer", "#1b6b3a"},
         {"hicache", "#5b2a9d"},  {"speca", "#a61e4d"},      {"pab", "#c05621"},        {"toca", "#0b7285"},
-        {"duca", "#66a80f"},     {"diffsparse", "#d6336c"}, {"none", "#111111"},
+        {"duca", "#66a80f"},     {"diffsparse", "#d6336c"}, {"none", "#111111"},       {"prefix", "#4e79a7"},
+        {"dual", "#e03131"},     {"vicinity", "#f08c00"},   {"window", "#2f9e44"},     {"freecache", "#3fb7c6"},
+        {"dkv", "#8a63d2"},      {"dllm-cache", "#9c6b4e"}, {"elastic", "#e667af"},
     };
     for (size_t i = 0; i < sizeof colors / sizeof colors[0]; i++) {
         if (strcmp(colors[i].policy, policy) == 0) return colors[i].color;
@@ -152,6 +155,17 @@ static const plot world_plots[] = {
     {SWEEP_PSNR, "work", "Work left out against PSNR: what the machine's speed does not touch",
      "PSNR, dB, mean over frames", false, SWEEP_X_WORK},
 };
+static const plot text_plots[] = {
+    {SWEEP_SCORE, "score", "Tokens a second against exact match", "exact match, %, mean over tasks", false,
+     SWEEP_X_RATE},
+    {SWEEP_AGREEMENT, "agreement", "Tokens a second against agreement with uncached decoding",
+     "tokens equal to one token a pass without a cache, %", false, SWEEP_X_RATE},
+    {SWEEP_SCORE, "work-score", "Row-passes left out against exact match: what the machine's speed does not touch",
+     "exact match, %, mean over tasks", false, SWEEP_X_WORK},
+    {SWEEP_AGREEMENT, "work-agreement", "Row-passes left out against agreement",
+     "tokens equal to one token a pass without a cache, %", false, SWEEP_X_WORK},
+};
+#define NUM_TEXT_PLOTS  (sizeof text_plots / sizeof text_plots[0])
 #define NUM_IMAGE_PLOTS (sizeof image_plots / sizeof image_plots[0])
 #define NUM_WORLD_PLOTS (sizeof world_plots / sizeof world_plots[0])
 
@@ -192,8 +206,8 @@ static bool find_bounds(const page *p, const plot *pl, bounds *b) {
         b->y1 = fmax(b->y1, y);
     }
     if (!(b->x1 >= b->x0)) return false;
-    b->x0 = fmin(b->x0, 1) / 1.04;
-    b->x1 = fmax(b->x1, 1.2) * 1.06;
+    b->x0 = (pl->x == SWEEP_X_RATE ? b->x0 : fmin(b->x0, 1)) / 1.04;
+    b->x1 = fmax(b->x1, pl->x == SWEEP_X_RATE ? 1.2 * b->x0 : 1.2) * 1.06;
     if (pl->log_y) {
         b->y0 /= 1.25;
         b->y1 *= 1.25;
@@ -205,13 +219,17 @@ static bool find_bounds(const page *p, const plot *pl, bounds *b) {
     return true;
 }
 
-static const double x_ticks[] = {.25, .5, .75, 1,  1.25, 1.5, 2,  2.5, 3,  4,  5,
-                                 6,   8,  10,  12, 16,   20,  30, 40,  60, 80, 100};
+static const double x_ticks[] = {.25, .5,  .75, 1,    1.25, 1.5,  2,    2.5,  3,     4,     5,    6,
+                                 8,   10,  12,  16,   20,   30,   40,   60,   80,    100,   150,  200,
+                                 300, 500, 750, 1000, 1500, 2000, 3000, 5000, 10000, 20000, 50000};
 #define NUM_X_TICKS (sizeof x_ticks / sizeof x_ticks[0])
 
 static const char *x_title(const plot *pl) {
     switch (pl->x) {
-    case SWEEP_X_WORK: return "token rows of the uncached run over computed ones";
+    case SWEEP_X_WORK:
+        return pl->metric >= SWEEP_SCORE ? "row-passes of the uncached run over those of the setting, times"
+                                         : "token rows of the uncached run over computed ones";
+    case SWEEP_X_RATE: return "tokens a second, before the end of text, wall-clock";
     case SWEEP_X_PLAIN: return "speed-up over the uncached run that computes the whole window in every step, times";
     case SWEEP_X_SPEED: break;
     }
@@ -258,9 +276,18 @@ static const sweep_row *next_on_front(const page *p, const plot *pl, const sweep
     return next;
 }
 
+/* The name of a data block: letters, digits and '_'. */
+static const char *block_name(const char *policy, char name[64]) {
+    size_t len = 0;
+    for (; policy[len] && len < 63; len++) name[len] = isalnum((unsigned char)policy[len]) ? policy[len] : '_';
+    name[len] = 0;
+    return name;
+}
+
 /* gnuplot: data blocks, then one plot command. */
 static void gnuplot_script(page *p, const void *of, const bounds *b, const char *svg_path) {
     const plot *pl = of;
+    char name[64];
     static const int points[] = {[CIRCLE] = 7, [SQUARE] = 5, [TRIANGLE] = 9, [DIAMOND] = 13};
     page_out(
         p,
@@ -307,7 +334,7 @@ static void gnuplot_script(page *p, const void *of, const bounds *b, const char 
     for (int i = 0; i < sweep_store_num(p->store); i++) {
         if (!is_first_of_policy(p, pl, i)) continue;
         const char *policy = sweep_store_at(p->store, i)->policy;
-        page_out(p, "$%s << EOD\n", policy);
+        page_out(p, "$%s << EOD\n", block_name(policy, name));
         for (int j = i; j < sweep_store_num(p->store); j++) {
             const sweep_row *row = sweep_store_at(p->store, j);
             if (strcmp(row->policy, policy) == 0 && is_plotted(pl, row))
@@ -332,7 +359,7 @@ static void gnuplot_script(page *p, const void *of, const bounds *b, const char 
     for (int i = 0; i < sweep_store_num(p->store); i++) {
         if (!is_first_of_policy(p, pl, i)) continue;
         const char *policy = sweep_store_at(p->store, i)->policy;
-        page_out(p, "%s$%s using 1:2 with points pt %d ps 0.75 lc rgb '%s' title '%s'", comma, policy,
+        page_out(p, "%s$%s using 1:2 with points pt %d ps 0.75 lc rgb '%s' title '%s'", comma, block_name(policy, name),
                  points[shape_of(policy)], page_color_of(policy), policy);
         comma = ", ";
     }
@@ -580,9 +607,10 @@ static bool has_numbers(const page *p, const plot *pl) {
 
 void page_out_plots(page *p) {
     bool world = sweep_store_is_world(p->store);
-    size_t num = world ? NUM_WORLD_PLOTS : NUM_IMAGE_PLOTS;
+    bool text = sweep_store_is_text(p->store);
+    size_t num = text ? NUM_TEXT_PLOTS : world ? NUM_WORLD_PLOTS : NUM_IMAGE_PLOTS;
     for (size_t i = 0; i < num; i++) {
-        const plot *pl = world ? &world_plots[i] : &image_plots[i];
+        const plot *pl = text ? &text_plots[i] : world ? &world_plots[i] : &image_plots[i];
         if (!world || has_numbers(p, pl)) out_plot(p, pl);
     }
 }

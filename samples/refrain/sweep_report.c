@@ -25,6 +25,8 @@ double sweep_metric_of(const sweep_row *row, sweep_metric metric) {
     case SWEEP_SSIM: return row->ssim_mean;
     case SWEEP_LATENT: return row->latent_mean;
     case SWEEP_KEPT: return 100 * row->kept;
+    case SWEEP_SCORE: return 100 * row->score;
+    case SWEEP_AGREEMENT: return 100 * row->agreement;
     case SWEEP_PSNR:
     case SWEEP_NUM_METRICS: break;
     }
@@ -32,6 +34,7 @@ double sweep_metric_of(const sweep_row *row, sweep_metric metric) {
 }
 
 sweep_metric sweep_main_metric(const sweep_store *store) {
+    if (sweep_store_is_text(store)) return SWEEP_SCORE;
     for (int i = 0; i < sweep_store_num(store); i++) {
         if (isfinite(sweep_store_at(store, i)->kept)) return SWEEP_KEPT;
     }
@@ -39,7 +42,7 @@ sweep_metric sweep_main_metric(const sweep_store *store) {
 }
 
 bool sweep_is_uncached(const sweep_row *row) {
-    return strcmp(row->policy, "none") == 0;
+    return strcmp(row->policy, "none") == 0 && row->options[0] != '+';
 }
 
 bool sweep_is_control(const sweep_row *row) {
@@ -47,22 +50,24 @@ bool sweep_is_control(const sweep_row *row) {
 }
 
 bool sweep_is_measured(const sweep_row *row) {
-    return strcmp(row->status, "ok") == 0 && row->speedup > 0 && isfinite(row->psnr_mean);
+    return strcmp(row->status, "ok") == 0 && row->speedup > 0 && (isfinite(row->psnr_mean) || isfinite(row->score));
 }
 
 double sweep_x_of(const sweep_row *row, sweep_axis axis) {
     switch (axis) {
     case SWEEP_X_WORK: return row->share_rows > 0 ? 1 / row->share_rows : NAN;
     case SWEEP_X_PLAIN: return row->plain_speedup;
+    case SWEEP_X_RATE: return row->tok_s;
     case SWEEP_X_SPEED: break;
     }
     return row->speedup;
 }
 
 /* A machine that changes its speed between a setting and the uncached loop can show more than the work left out
- * allows. What treats the context otherwise leaves out more than rows. */
+ * allows. What treats the context otherwise leaves out more than rows, and so do caches of text. */
 bool sweep_is_doubtful(const sweep_row *row) {
-    return sweep_is_measured(row) && row->speedup * row->share_rows > DOUBTFUL && !strstr(row->options, "context=");
+    return sweep_is_measured(row) && row->speedup * row->share_rows > DOUBTFUL && !strstr(row->options, "context=") &&
+           !isfinite(row->score);
 }
 
 static int num_doubtful(const sweep_store *store) {
@@ -87,45 +92,51 @@ int sweep_control_points(const sweep_store *store, sweep_axis axis, const sweep_
     return num;
 }
 
-static sweep_verdict verdict_of(sweep_verdict_kind kind, double delta, const char *format, double shown) {
+static sweep_verdict verdict_of(sweep_verdict_kind kind, double delta, const char *format, double shown, bool text) {
     sweep_verdict v = {.kind = kind, .delta = delta};
     snprintf(v.text, sizeof v.text, "%s", format);
     char *mark = strchr(v.text, '#');
     if (mark) {
         char tail[96];
         snprintf(tail, sizeof tail, "%s", mark + 1);
-        snprintf(mark, sizeof v.text - (size_t)(mark - v.text), "%.1f%s", shown, tail);
+        snprintf(mark, sizeof v.text - (size_t)(mark - v.text), "%.1f %s%s", shown, text ? "points" : "dB", tail);
     }
     return v;
 }
 
-/* '#' in a text is where the number goes. */
+/* What a verdict is about: PSNR, of text exact match in points. */
+static double judged(const sweep_row *row) {
+    return isfinite(row->score) ? 100 * row->score : row->psnr_mean;
+}
+
+/* '#' in a text is where the number goes, with its unit. */
 static sweep_verdict judge(const sweep_row *row, const sweep_row **control, int num) {
     const sweep_row *mild = control[0], *fast = control[num - 1];
-    double psnr = row->psnr_mean, delta;
+    bool text = isfinite(row->score);
+    double value = judged(row), delta;
     if (row->speedup < mild->speedup) {
-        delta = psnr - mild->psnr_mean;
+        delta = value - judged(mild);
         if (delta < 0)
-            return verdict_of(SWEEP_VERDICT_BELOW, delta, "below: a faster control is # dB better; worth nothing here",
-                              -delta);
-        return verdict_of(SWEEP_VERDICT_OPEN, NAN, "slower than every control point measured", 0);
+            return verdict_of(SWEEP_VERDICT_BELOW, delta, "below: a faster control is # better; worth nothing here",
+                              -delta, text);
+        return verdict_of(SWEEP_VERDICT_OPEN, NAN, "slower than every control point measured", 0, text);
     }
     if (row->speedup > fast->speedup) {
-        delta = psnr - fast->psnr_mean;
-        if (delta >= 0)
-            return verdict_of(SWEEP_VERDICT_ABOVE, delta, "above the fewer-steps curve by # dB or more", delta);
-        return verdict_of(SWEEP_VERDICT_OPEN, NAN, "faster than every control point measured", 0);
+        delta = value - judged(fast);
+        if (delta > 0 || (delta >= 0 && !text))
+            return verdict_of(SWEEP_VERDICT_ABOVE, delta, "above the fewer-steps curve by # or more", delta, text);
+        return verdict_of(SWEEP_VERDICT_OPEN, NAN, "faster than every control point measured", 0, text);
     }
-    delta = psnr - fast->psnr_mean;
+    delta = value - judged(fast);
     for (int i = 0; i + 1 < num; i++) {
         double a = log(control[i]->speedup), b = log(control[i + 1]->speedup), x = log(row->speedup);
         if (x < a || x > b || b <= a) continue;
-        delta =
-            psnr - (control[i]->psnr_mean + (control[i + 1]->psnr_mean - control[i]->psnr_mean) * (x - a) / (b - a));
+        delta = value - (judged(control[i]) + (judged(control[i + 1]) - judged(control[i])) * (x - a) / (b - a));
         break;
     }
-    if (delta > 0) return verdict_of(SWEEP_VERDICT_ABOVE, delta, "above the fewer-steps curve by # dB", delta);
-    return verdict_of(SWEEP_VERDICT_BELOW, delta, "below by # dB: worth nothing here", -delta);
+    if (text && fabs(delta) < 1e-9) return verdict_of(SWEEP_VERDICT_BELOW, 0, "no better than fewer steps", 0, text);
+    if (delta > 0) return verdict_of(SWEEP_VERDICT_ABOVE, delta, "above the fewer-steps curve by #", delta, text);
+    return verdict_of(SWEEP_VERDICT_BELOW, delta, "below by #: worth nothing here", -delta, text);
 }
 
 sweep_verdict sweep_judge(const sweep_store *store, const sweep_row *row) {
@@ -139,11 +150,11 @@ sweep_verdict sweep_judge(const sweep_store *store, const sweep_row *row) {
         return none;
     }
     if (strcmp(row->status, "ok") != 0) return none;
-    if (!sweep_is_measured(row)) return verdict_of(SWEEP_VERDICT_BELOW, NAN, "diverged: not a number", 0);
-    if (row->speedup <= 1) return verdict_of(SWEEP_VERDICT_BELOW, NAN, "not faster than the uncached run", 0);
+    if (!sweep_is_measured(row)) return verdict_of(SWEEP_VERDICT_BELOW, NAN, "diverged: not a number", 0, false);
+    if (row->speedup <= 1) return verdict_of(SWEEP_VERDICT_BELOW, NAN, "not faster than the uncached run", 0, false);
     int num = sweep_control_points(store, SWEEP_X_SPEED, NULL);
     const sweep_row **points = num > 0 ? rf_alloc_zero((size_t)num, sizeof *points) : NULL;
-    if (!points) return verdict_of(SWEEP_VERDICT_OPEN, NAN, "no control was measured", 0);
+    if (!points) return verdict_of(SWEEP_VERDICT_OPEN, NAN, "no control was measured", 0, false);
     sweep_control_points(store, SWEEP_X_SPEED, points);
     sweep_verdict v = judge(row, points, num);
     rf_free(points);
@@ -187,9 +198,11 @@ void sweep_sort(const sweep_store *store, int *order) {
 
 void sweep_row_name(const sweep_row *row, char *out, size_t room) {
     if (sweep_is_control(row)) {
-        snprintf(out, room, "no cache, %.0f steps", row->steps);
+        const char *unit = !isfinite(row->score) ? "steps" : row->steps > 1 ? "passes a block" : "pass a block";
+        snprintf(out, room, "no cache, %.0f %s", row->steps, unit);
     } else {
-        snprintf(out, room, "%s%s%s", row->policy, row->options[0] ? ":" : "", row->options);
+        bool colon = row->options[0] && row->options[0] != '+';
+        snprintf(out, room, "%s%s%s", row->policy, colon ? ":" : "", row->options);
     }
 }
 
@@ -226,6 +239,18 @@ static void print_world_row(const sweep_store *store, const sweep_row *row, int 
     printf("  %s\n", sweep_judge(store, row).text);
 }
 
+static void print_text_row(const sweep_store *store, const sweep_row *row, int width, const char *name) {
+    printf("%-*s", width, name);
+    print_number(8, 3, row->speedup);
+    print_number(7, 1, 100 * row->score);
+    print_number(7, 1, 100 * row->agreement);
+    print_number(9, 1, row->tok_s);
+    print_number(8, 1, row->nfe);
+    print_number(10, 0, row->row_passes);
+    print_number(6, 1, 100 * row->share_rows);
+    printf("  %s\n", sweep_judge(store, row).text);
+}
+
 static void print_refusals(const sweep_store *store) {
     char name[512];
     for (int i = 0; i < sweep_store_num(store); i++) {
@@ -238,7 +263,7 @@ static void print_refusals(const sweep_store *store) {
 
 rf_status sweep_print_table(const sweep_store *store, rf_error *err) {
     int *order = sorted_rows(store, err), width = 8, refused = 0;
-    bool world = sweep_store_is_world(store);
+    bool world = sweep_store_is_world(store), text = sweep_store_is_text(store);
     if (!order) return RF_ERR_MEMORY;
     char name[512];
     for (int i = 0; i < sweep_store_num(store); i++) {
@@ -246,7 +271,10 @@ rf_status sweep_print_table(const sweep_store *store, rf_error *err) {
         if ((int)strlen(name) > width) width = (int)strlen(name);
     }
     if (width > 64) width = 64;
-    if (world) {
+    if (text) {
+        printf("%-*s %8s %7s %7s %9s %8s %10s %6s  %s\n", width, "setting", "speed-up", "exact %", "agree %",
+               "tokens/s", "passes", "row-passes", "rows %", "against fewer steps");
+    } else if (world) {
         printf("%-*s %8s %7s %8s %8s %8s %5s %7s %6s %6s  %s\n", width, "setting", "speed-up", "plain", "frames/s",
                "PSNR dB", "worst", "<30", "SSIM", "kept %", "rows %", "against fewer steps");
     } else {
@@ -258,6 +286,8 @@ rf_status sweep_print_table(const sweep_store *store, rf_error *err) {
         sweep_row_name(row, name, sizeof name);
         if (strcmp(row->status, "ok") != 0) {
             refused++;
+        } else if (text) {
+            print_text_row(store, row, width, name);
         } else if (world) {
             print_world_row(store, row, width, name);
         } else {
@@ -272,6 +302,8 @@ rf_status sweep_print_table(const sweep_store *store, rf_error *err) {
         printf(
             "plain: against the uncached run that computes its whole window in every step; <30: first frame under 30 "
             "dB\n");
+    }
+    if (world || text) {
         print_refusals(store);
     } else if (refused > 0) {
         printf("%d refused (named in --json and the report)\n", refused);
@@ -322,11 +354,19 @@ static void out_facts(page *p) {
         {"batch", "at once"},   {"device", "device"},         {"dtype", "dtype"},
         {"threads", "threads"}, {"_date", "begun"},           {"_version", "refrain"},
     };
-    bool world = sweep_store_is_world(p->store);
-    size_t num = world ? sizeof world_labels / sizeof world_labels[0] : sizeof labels / sizeof labels[0];
+    static const char *const text_labels[][2] = {
+        {"model", "model"},      {"parameters", "parameters"}, {"tasks", "tasks"},     {"samples", "samples of each"},
+        {"block", "block"},      {"new", "new tokens"},        {"guide", "guide"},     {"seed", "first seed"},
+        {"device", "device"},    {"dtype", "dtype"},           {"threads", "threads"}, {"_date", "begun"},
+        {"_version", "refrain"},
+    };
+    bool world = sweep_store_is_world(p->store), text = sweep_store_is_text(p->store);
+    size_t num = text    ? sizeof text_labels / sizeof text_labels[0]
+                 : world ? sizeof world_labels / sizeof world_labels[0]
+                         : sizeof labels / sizeof labels[0];
     page_out(p, "<div class='facts'>");
     for (size_t i = 0; i < num; i++) {
-        const char *const *label = world ? world_labels[i] : labels[i];
+        const char *const *label = text ? text_labels[i] : world ? world_labels[i] : labels[i];
         const char *value = sweep_store_pin(p->store, label[0]);
         page_out(p, "<span>%s <b>", label[1]);
         if (strlen(value) > 80) {
@@ -341,8 +381,7 @@ static void out_facts(page *p) {
     page_out(p, "</div>\n");
 }
 
-/* The fastest row at a level: of the policies, or of the control. NULL: none. */
-static const sweep_row *fastest(const page *p, sweep_metric metric, double level, bool control) {
+const sweep_row *page_fastest(const page *p, sweep_metric metric, double level, bool control) {
     const sweep_row *best = NULL;
     for (int i = 0; i < sweep_store_num(p->store); i++) {
         const sweep_row *row = sweep_store_at(p->store, i);
@@ -359,9 +398,9 @@ void page_out_name(page *p, const sweep_row *row) {
     sweep_row_name(row, name, sizeof name);
     if (!sweep_is_control(row))
         page_out(p, "<span class='dot' style='background:%s'></span>", page_color_of(row->policy));
-    for (char *at = name, *end; *at; at = end) { /* may break behind a ';' */
-        end = at + strcspn(at, ";");
-        if (*end == ';') end++;
+    for (char *at = name, *end; *at; at = end) { /* may break behind a ';' or '+' */
+        end = at + strcspn(at, ";+");
+        if (*end) end++;
         char kept = *end;
         *end = 0;
         page_out_text(p, at);
@@ -371,7 +410,7 @@ void page_out_name(page *p, const sweep_row *row) {
 }
 
 static void out_level(page *p, sweep_metric metric, double level) {
-    const sweep_row *best = fastest(p, metric, level, false), *control = fastest(p, metric, level, true);
+    const sweep_row *best = page_fastest(p, metric, level, false), *control = page_fastest(p, metric, level, true);
     bool world = sweep_store_is_world(p->store);
     page_out(p,
              metric == SWEEP_PSNR   ? "<tr><td class='l'>PSNR &ge; %g dB</td>"
@@ -498,28 +537,36 @@ static void out_method(page *p) {
         lo = fmin(lo, ms);
         hi = fmax(hi, ms);
     }
-    if (sweep_store_is_world(p->store)) {
+    bool text = sweep_store_is_text(p->store);
+    if (text) {
+        page_out_words_method(p);
+    } else if (sweep_store_is_world(p->store)) {
         out_world_quality(p);
     } else {
         out_quality(p);
     }
     page_out(p,
-             "<p>Speed-up is wall-clock of the denoising loop (all pictures, no decoding; of a world with its "
-             "context): the median of the last three "
+             "<p>Speed-up is wall-clock of %s: the median of the last three "
              "timings of the "
              "uncached loop over the median of the setting's own runs, in one process, the uncached loop being timed "
              "again and again "
-             "between the settings.");
+             "between the settings.",
+             text ? "all samples, prompts included"
+                  : "the denoising loop (all pictures, no decoding; of a world with its context)");
     if (num > 0) {
         int digits = median < 100 ? 2 : 0;
         page_out(p, " It was timed %d times: median %.*f ms, %.*f to %.*f ms (%+.1f to %+.1f %%).", num, digits, median,
                  digits, lo, digits, hi, 100 * (lo / median - 1), 100 * (hi / median - 1));
     }
     page_out(
-        p, "</p>\n<p>The control is the same sampler with fewer steps and no cache, from the same noise. A setting on "
-           "or below its curve "
-           "(PSNR interpolated over the logarithm of the speed-up) is worth nothing there: fewer steps give as "
-           "much.</p>\n");
+        p,
+        "</p>\n<p>The control is %s. A setting on "
+        "or below its curve "
+        "(%s interpolated over the logarithm of the speed-up) is worth nothing there: fewer steps give as "
+        "much.</p>\n",
+        text ? "the same decoding with fewer passes a block, each committing more of the surest tokens, and no cache"
+             : "the same sampler with fewer steps and no cache, from the same noise",
+        text ? "exact match" : "PSNR");
     if (num < 2 || !(hi > 0)) return;
     page_out(p,
              "<h3>The uncached loop over the sweep</h3>\n<div class='plot'><svg viewBox='0 0 900 96' "
@@ -535,7 +582,7 @@ static void out_method(page *p) {
     page_out(p, "'/></svg></div>\n");
 }
 
-static void out_verdict(page *p, const sweep_verdict *v) {
+void page_out_verdict(page *p, const sweep_verdict *v) {
     const char *kind = v->kind == SWEEP_VERDICT_ABOVE ? "up" : v->kind == SWEEP_VERDICT_BELOW ? "down" : "open";
     page_out(p, "<td class='l v %s'>", kind);
     page_out_text(p, v->text);
@@ -557,7 +604,7 @@ static void out_row(page *p, int place) {
     page_out_number(p, "<td><b>", "&times;</b>", r->speedup, 2);
     page_out(p, sweep_is_doubtful(r) ? " <span class='down'>?</span></td>" : "</td>");
     sweep_verdict v = sweep_judge(p->store, r);
-    out_verdict(p, &v);
+    page_out_verdict(p, &v);
     page_out_number(p, "<td>", "", r->loop_ms, r->loop_ms < 100 ? 2 : 0);
     if (r->loop_ms > 0)
         page_out(p, " <span class='open'>&plusmn;%.1f%%</span>", 50 * (r->loop_max_ms - r->loop_min_ms) / r->loop_ms);
@@ -709,23 +756,31 @@ static void out_strips(page *p) {
 /* --- the page ----------------------------------------------------------------------------------------------------- */
 
 static void out_page(page *p) {
-    bool world = sweep_store_is_world(p->store);
-    page_out(p, "<!DOCTYPE html>\n<html lang='en'><head><meta charset='utf-8'><meta name='viewport' "
-                "content='width=device-width,initial-scale=1'>"
-                "<title>Feature caching: ");
+    bool world = sweep_store_is_world(p->store), text = sweep_store_is_text(p->store);
+    page_out(p,
+             "<!DOCTYPE html>\n<html lang='en'><head><meta charset='utf-8'><meta name='viewport' "
+             "content='width=device-width,initial-scale=1'>"
+             "<title>%s: ",
+             text ? "Text decoding" : "Feature caching");
     page_out_text(p, sweep_store_pin(p->store, "model"));
     page_out(p, "</title><style>");
     rf_file_writer_write(p->file, style, sizeof style - 1);
-    page_out(p, "</style></head><body><main>\n<h1>Feature caching on ");
+    page_out(p, "</style></head><body><main>\n<h1>%s ", text ? "Caches and commit rules of" : "Feature caching on");
     page_out_text(p, sweep_store_pin(p->store, "model"));
     page_out(p, ": speed against quality</h1>\n");
     out_facts(p);
-    out_summary(p);
+    if (text) {
+        page_out_words_summary(p);
+        out_doubts(p);
+    } else {
+        out_summary(p);
+    }
     page_out(p,
-             "<h2>Speed against quality</h2>\n<p>Colour: policy. Shape: circle = decides by step, square = by block, "
-             "triangle = by part, diamond "
-             "= by token. Black line: the control, with its numbers of steps. Grey band: the front, numbered as in the "
-             "table below.</p>\n");
+             "<h2>Speed against quality</h2>\n<p>Colour: policy. %sBlack line: the control, with its numbers of %s. "
+             "Grey band: the front, numbered as in the table below.</p>\n",
+             text ? "Black points: other commit rules without a cache. "
+                  : "Shape: circle = decides by step, square = by block, triangle = by part, diamond = by token. ",
+             text ? "passes a block" : "steps");
     page_out_plots(p);
     if (world) page_out_curves(p);
     page_out(p, "<p class='sub'>Plots drawn by %s.</p>\n",
@@ -734,6 +789,8 @@ static void out_page(page *p) {
         page_out_frame_strips(p);
         page_out_frame_table(p);
         page_out_refusals(p);
+    } else if (text) {
+        page_out_words_table(p);
     } else {
         out_strips(p);
         out_table(p);

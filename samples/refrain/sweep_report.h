@@ -3,18 +3,26 @@
  *
  * The control is the same sampler with fewer steps and no cache. Its curve (PSNR over the logarithm of the measured
  * speed-up) is what a policy has to beat: a point on or under the curve is worth nothing, since running fewer steps
- * gives as much. */
+ * gives as much. Of text it is exact match in place of PSNR. */
 #ifndef REFRAIN_SWEEP_REPORT_H
 #define REFRAIN_SWEEP_REPORT_H
 
 #include "samples/refrain/sweep_store.h"
 
-typedef enum { SWEEP_PSNR = 0, SWEEP_SSIM, SWEEP_LATENT, SWEEP_KEPT, SWEEP_NUM_METRICS } sweep_metric;
-double sweep_metric_of(const sweep_row *row, sweep_metric metric); /* the mean over pictures; KEPT in % */
+typedef enum {
+    SWEEP_PSNR = 0,
+    SWEEP_SSIM,
+    SWEEP_LATENT,
+    SWEEP_KEPT,
+    SWEEP_SCORE, /* text: exact match */
+    SWEEP_AGREEMENT,
+    SWEEP_NUM_METRICS
+} sweep_metric;
+double sweep_metric_of(const sweep_row *row, sweep_metric metric); /* the mean over pictures; KEPT and text's in % */
 
 bool sweep_is_control(const sweep_row *row);
-bool sweep_is_uncached(
-    const sweep_row *row); /* `none`: the uncached run itself, or with its context treated otherwise */
+/* `none`: the uncached run itself, or with its context treated otherwise. Not text with another commit rule. */
+bool sweep_is_uncached(const sweep_row *row);
 bool sweep_is_measured(const sweep_row *row); /* neither refused nor without numbers */
 
 typedef enum {
@@ -25,7 +33,7 @@ typedef enum {
 } sweep_verdict_kind;
 typedef struct {
     sweep_verdict_kind kind;
-    double delta; /* PSNR over the control's, dB; NaN where the curve has no value */
+    double delta; /* PSNR over the control's, dB; of text exact match, points; NaN where the curve has no value */
     char text[96];
 } sweep_verdict;
 sweep_verdict sweep_judge(const sweep_store *store, const sweep_row *row);

@@ -3,9 +3,10 @@
  *   cmd_sweep.c     options, the plan, the loop over settings, searches, what is printed
  *   sweep_images.c  what is measured is a picture: its denoising loop
  *   sweep_worlds.c  what is measured is a new frame of a walk: denoising, and the frames in front of it
+ *   sweep_text.c    what is measured is a sample of a task: its decoding
  *   sweep_plan.c    specs to settings; sweep_store.c the results on disk; sweep_report.c, sweep_plot.c, sweep_frames.c the report
  *
- * "Picture" below is either. The reference are those of the uncached run, and so many floats that both fit memory. */
+ * "Picture" below is any of them. The reference are those of the uncached run, and so many floats that both fit memory. */
 #ifndef REFRAIN_SWEEP_RUN_H
 #define REFRAIN_SWEEP_RUN_H
 
@@ -18,7 +19,7 @@
 #define SWEEP_MAX_SHOWN   8
 
 typedef struct {
-    const char *model, *synthetic, *sampler, *device, *dtype, *fewer_steps, *report, *context;
+    const char *model, *synthetic, *sampler, *device, *dtype, *fewer_steps, *report, *context, *tasks, *guide;
     arg_list policies, classes, inits, actions;
     /* 0 = not given, but seed */
     int64_t num_pictures, num_steps, seed, batch, threads, repeats, width, height, num_frames, num_walks, window,
@@ -52,17 +53,19 @@ typedef struct {
     rf_status (*loop)(sweep_run *run, void *session, sweep_loop *loop, rf_error *err);
     /* run->reference has just been computed or loaded: anything more to measure against? */
     rf_status (*prepare)(sweep_run *run, rf_error *err);
+    /* Of run->pictures and run->latents; NULL: as pictures. */
+    rf_status (*quality)(sweep_run *run, sweep_row *row, rf_error *err);
     /* What only this kind measures of a setting, whose pictures are in run->pictures. */
     rf_status (*measure)(sweep_run *run, const sweep_loop *loop, sweep_row *row, rf_error *err);
     void (*say_plan)(const sweep_run *run);
     void (*close)(sweep_run *run);
 } sweep_kind;
-extern const sweep_kind sweep_images, sweep_worlds;
+extern const sweep_kind sweep_images, sweep_worlds, sweep_texts;
 
 struct sweep_run {
     sweep_args args;
     const sweep_kind *kind;
-    bool is_world;
+    bool is_world, is_text, is_block_causal;
     void *own; /* of the kind */
     char *model_path, *tuning_path;
     const char *model_name;

@@ -32,17 +32,19 @@ typedef struct {
     const char *name;
     column_type type;
     size_t offset;
-    bool world; /* only there */
+    unsigned of; /* kinds of store that have it */
 } column;
 
-#define TEXT_COLUMN(field)                                                                                             \
-    { #field, TEXT, offsetof(sweep_row, field), false }
-#define NUMBER_COLUMN(field)                                                                                           \
-    { #field, NUMBER, offsetof(sweep_row, field), false }
-#define NUMBERS_COLUMN(field)                                                                                          \
-    { #field, TEXT_NUMBERS, offsetof(sweep_row, field), false }
-#define WORLD_COLUMN(field)                                                                                            \
-    { #field, NUMBER, offsetof(sweep_row, field), true }
+enum { IMAGES = 1, WORLDS = 2, TEXTS = 4, PICTURES = IMAGES | WORLDS, ALL = PICTURES | TEXTS };
+
+#define COLUMN(field, type, of)                                                                                        \
+    { #field, type, offsetof(sweep_row, field), of }
+#define TEXT_COLUMN(field)     COLUMN(field, TEXT, ALL)
+#define NUMBER_COLUMN(field)   COLUMN(field, NUMBER, ALL)
+#define PICTURE_COLUMN(field)  COLUMN(field, NUMBER, PICTURES)
+#define PICTURES_COLUMN(field) COLUMN(field, TEXT_NUMBERS, PICTURES)
+#define WORLD_COLUMN(field)    COLUMN(field, NUMBER, WORLDS)
+#define TOKEN_COLUMN(field)    COLUMN(field, NUMBER, TEXTS)
 
 static const column columns[] = {
     TEXT_COLUMN(policy),
@@ -50,45 +52,53 @@ static const column columns[] = {
     TEXT_COLUMN(status),
     NUMBER_COLUMN(steps),
     NUMBER_COLUMN(speedup),
+    TOKEN_COLUMN(score),
+    TOKEN_COLUMN(agreement),
+    TOKEN_COLUMN(tok_s),
+    TOKEN_COLUMN(nfe),
+    TOKEN_COLUMN(row_passes),
+    TOKEN_COLUMN(key_reads),
+    TOKEN_COLUMN(text_tokens),
     WORLD_COLUMN(plain_speedup),
     WORLD_COLUMN(frames_per_s),
     WORLD_COLUMN(kept),
     WORLD_COLUMN(frame_denoise_ms),
     WORLD_COLUMN(frame_context_ms),
     WORLD_COLUMN(frame_decode_ms),
-    NUMBER_COLUMN(psnr_mean),
-    NUMBER_COLUMN(psnr_median),
-    NUMBER_COLUMN(psnr_worst),
-    NUMBER_COLUMN(ssim_mean),
-    NUMBER_COLUMN(ssim_median),
-    NUMBER_COLUMN(ssim_worst),
-    NUMBER_COLUMN(latent_mean),
-    NUMBER_COLUMN(latent_median),
-    NUMBER_COLUMN(latent_worst),
-    NUMBER_COLUMN(max_abs),
+    PICTURE_COLUMN(psnr_mean),
+    PICTURE_COLUMN(psnr_median),
+    PICTURE_COLUMN(psnr_worst),
+    PICTURE_COLUMN(ssim_mean),
+    PICTURE_COLUMN(ssim_median),
+    PICTURE_COLUMN(ssim_worst),
+    PICTURE_COLUMN(latent_mean),
+    PICTURE_COLUMN(latent_median),
+    PICTURE_COLUMN(latent_worst),
+    PICTURE_COLUMN(max_abs),
     NUMBER_COLUMN(loop_ms),
     NUMBER_COLUMN(loop_min_ms),
     NUMBER_COLUMN(loop_max_ms),
     NUMBER_COLUMN(repeats),
     NUMBER_COLUMN(base_ms),
-    NUMBER_COLUMN(share_steps),
-    NUMBER_COLUMN(share_blocks),
+    PICTURE_COLUMN(share_steps),
+    PICTURE_COLUMN(share_blocks),
     NUMBER_COLUMN(share_rows),
-    NUMBER_COLUMN(steps_full),
-    NUMBER_COLUMN(steps_partial),
-    NUMBER_COLUMN(steps_skipped),
+    PICTURE_COLUMN(steps_full),
+    PICTURE_COLUMN(steps_partial),
+    PICTURE_COLUMN(steps_skipped),
     NUMBER_COLUMN(cache_bytes),
-    NUMBER_COLUMN(decide_ms),
-    NUMBERS_COLUMN(psnr_each),
-    NUMBERS_COLUMN(ssim_each),
+    PICTURE_COLUMN(decide_ms),
+    PICTURES_COLUMN(psnr_each),
+    PICTURES_COLUMN(ssim_each),
     WORLD_COLUMN(worst_frame),
     WORLD_COLUMN(first_under_30),
     WORLD_COLUMN(sim_psnr),
     WORLD_COLUMN(frame_forwards),
-    WORLD_COLUMN(arena_bytes),
-    {"sim_each", TEXT_NUMBERS, offsetof(sweep_row, sim_each), true},
-    NUMBERS_COLUMN(latent_each),
-    TEXT_COLUMN(kinds),
+    COLUMN(arena_bytes, NUMBER, WORLDS | TEXTS),
+    COLUMN(sim_each, TEXT_NUMBERS, WORLDS),
+    COLUMN(score_each, TEXT_NUMBERS, TEXTS),
+    PICTURES_COLUMN(latent_each),
+    COLUMN(kinds, TEXT, PICTURES),
     TEXT_COLUMN(reason),
     TEXT_COLUMN(key),
 };
@@ -99,7 +109,7 @@ typedef struct {
 } baseline;
 
 struct sweep_store {
-    bool is_world;
+    unsigned kind; /* IMAGES, WORLDS or TEXTS */
     char *folder;
     int lock;
     sweep_pin *pins;
@@ -192,9 +202,8 @@ static void put_text(buffer *b, const char *text) {
 
 /* --- CSV ---------------------------------------------------------------------------------------------------------- */
 
-/* A table of pictures has not the columns of worlds. */
 static bool has_column(const sweep_store *store, size_t c) {
-    return store->is_world || !columns[c].world;
+    return (columns[c].of & store->kind) != 0;
 }
 
 static size_t num_columns(const sweep_store *store) {
@@ -531,13 +540,15 @@ rf_status sweep_store_open(sweep_store **out, const char *folder, const sweep_pi
     sweep_store *store = rf_alloc_zero(1, sizeof *store);
     if (!store) return no_memory(err);
     store->lock = -1;
+    store->kind = IMAGES;
     store->pins = rf_alloc_zero((size_t)num_pins, sizeof *store->pins);
     rf_status st = store->pins ? RF_OK : no_memory(err);
     for (int i = 0; i < num_pins && st == RF_OK; i++) {
         store->pins[i] = (sweep_pin){pins[i].name, rf_strdup(pins[i].value)};
         store->num_pins = i + 1;
         if (!store->pins[i].value) st = no_memory(err);
-        if (strcmp(pins[i].name, "frames") == 0) store->is_world = true;
+        if (strcmp(pins[i].name, "frames") == 0) store->kind = WORLDS;
+        if (strcmp(pins[i].name, "tasks") == 0) store->kind = TEXTS;
     }
     if (st == RF_OK && folder) {
         store->folder = rf_strdup(folder);
@@ -571,7 +582,11 @@ void sweep_store_close(sweep_store *store) {
 }
 
 bool sweep_store_is_world(const sweep_store *store) {
-    return store->is_world;
+    return store->kind == WORLDS;
+}
+
+bool sweep_store_is_text(const sweep_store *store) {
+    return store->kind == TEXTS;
 }
 
 const char *sweep_store_folder(const sweep_store *store) {

@@ -8,7 +8,8 @@
  *   results.json     the same as the CSV files, rewritten as a whole under another name and renamed
  *   pictures/        PNGs that the report shows
  *
- * Of a world the pictures are frames, all new ones of a walk after the other, and a line has more columns.
+ * Of a world the pictures are frames, all new ones of a walk after the other, and a line has more columns. Of text the
+ * latents are token ids (-1 behind the end), the "pictures" single numbers (1 right, 0 wrong); columns of pictures are left out.
  *
  * A folder made with other pins is refused with what differs. Without a folder everything lives in memory. */
 #ifndef REFRAIN_SWEEP_STORE_H
@@ -53,16 +54,23 @@ typedef struct {
     double frame_forwards;              /* of one walk: frames through the transformer */
     double arena_bytes;
     char *sim_each; /* sim_psnr by frame, as psnr_each */
+
+    /* Text; a "loop" is all samples of all tasks. The picture's columns are not there. */
+    double score;     /* exact match, mean over tasks, 0..1 */
+    double agreement; /* share of tokens equal to the uncached run's, mean over samples */
+    double tok_s, nfe, row_passes, key_reads, text_tokens; /* tokens a second; the others a sample, means */
+    char *score_each;                                      /* exact match by task, as psnr_each */
 } sweep_row;
 
 void sweep_row_clear(sweep_row *row); /* frees texts, numbers become NaN */
 
 typedef struct sweep_store sweep_store;
 
-/* folder NULL: memory only. pins are copied; one named "frames" makes it a store of a world. Makes the folder, locks it, reads
+/* folder NULL: memory only. pins are copied; one named "frames" makes it a store of a world, "tasks" of text. Makes the folder, locks it, reads
  * what is there. */
 rf_status sweep_store_open(sweep_store **out, const char *folder, const sweep_pin *pins, int num_pins, rf_error *err);
 bool sweep_store_is_world(const sweep_store *store);
+bool sweep_store_is_text(const sweep_store *store);
 void sweep_store_close(sweep_store *store);               /* NULL is a no-op; does not write */
 const char *sweep_store_folder(const sweep_store *store); /* NULL = memory */
 

@@ -1,7 +1,8 @@
 /* tests/bench/bench_kernels.c - times operators on a backend. Not a test: nothing gates on it.
  *
- *   bench_kernels [--device cpu|cuda|cuda:N] [--dtype f32|bf16] [--what gemm|attention|norm|conv|layer|all|gemm-tiles|gemm-skinny]
- *                 [-t threads] [-r repeats] [-o md|jsonl]
+ *   bench_kernels [--device cpu|cuda|cuda:N] [--dtype f32|bf16] [-t threads] [-r repeats] [-o md|jsonl]
+ *       [--what gemm|attention|attention-decode|norm|conv|layer|all|gemm-tiles|gemm-skinny|gemm-text|
+ *        gemm-text-tuned|attention-plans]
  *
  * CUDA  at least 20 calls are captured in one graph; a GEMM's calls rotate over copies of its weights that together pass
  *       100 MB, so that weights come from memory as they do in a model. A figure is the median of the replays (default
@@ -9,18 +10,27 @@
  * CPU   one call at a time, f32; work above 25 GFLOP a call is left out and named on stderr.
  * Floor the larger of FLOP / 722 TFLOP/s and bytes / 2985 GB/s: a large GEMM's rate and a copy's rate on an H100 80 GB.
  *       Bytes count each operand once. Shown for CUDA only.
+ * attention-decode: few query rows against long caches, with keys that rotate as a GEMM's weights do.
+ * attention-plans (not part of all): some of these with every share of the keys over blocks that the kernel knows.
  * gemm-tiles (not part of all): the layers of DiT-XL/2 with the operator and with every tile of the own Hopper GEMM, one
  *       row a shape, microseconds; 10 calls or once over all weights a graph, 7 replays.
  * gemm-skinny (not part of all): the layers of a world model's frame at several rows with cuBLASLt's first choice (first),
  *       the tuned operator and every config of the own kernel for few rows, weights constant; then 12 layers of qkv, out, fc1
- *       and fc2, each reading what the one before wrote. */
+ *       and fc2, each reading what the one before wrote.
+ * gemm-text (not part of all): the layers and heads of language models at 1, 4, 32 and 64 rows, weights rotated over
+ *       150 MB: cuBLASLt's first choice, the operator without tuning and every config of the own kernels that takes the
+ *       shape (GB/s are the weights'); then whole layers, each GEMM reading what the one before wrote. gemm-text-tuned:
+ *       the tuned operator too, minutes. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
 
+#include "kernels/attention_decode.h"
 #include "kernels/gemm_skinny.h"
+#include "kernels/gemm_stream.h"
 #include "kernels/gemm_wgmma.h"
+#include "kernels/gemv.h"
 #include "kernels/ops.h"
 
 #define PEAK_FLOPS    722e12
@@ -50,9 +60,13 @@ struct bench {
     /* the item being timed */
     int copies;
     rf_gemm_args gemm[MAX_COPIES];
-    int gemm_config;      /* of call_gemm_tile, call_gemm_skinny */
+    int gemm_config;      /* of call_gemm_tile, call_gemm_skinny, call_gemm_own */
+    int own_kernel;       /* of call_gemm_own */
+    int cluster, splits;  /* of call_attention_plan */
     int layer_configs[4]; /* of call_skinny_layers; -1: the operator */
     rf_attention_args attention;
+    rf_attention_merge_args merge;
+    rf_attention_args attentions[MAX_COPIES]; /* of call_attention_copy: each with keys of its own */
     rf_norm_args norm;
     rf_residual_args residual;
     rf_group_norm_args group_norm;
@@ -501,6 +515,183 @@ static void bench_gemm_skinny(bench *b) {
     fprintf(stderr, "gemm-skinny: done\n");
 }
 
+/* ---- layers of language models ---- */
+
+#define TEXT_ROTATE_BYTES 150e6
+
+static const struct {
+    const char *name;
+    int (*num_configs)(void);
+    const char *(*config_name)(int config);
+    rf_status (*check)(rf_stream *stream, const rf_gemm_args *args, int config, rf_error *err);
+    rf_status (*force)(rf_stream *stream, const rf_gemm_args *args, int config, rf_error *err);
+    int (*first_choice)(rf_stream *stream, const rf_gemm_args *args);
+} own_kernels[] = {
+    {"gemv", rf_gemv_num_configs, rf_gemv_config_name, rf_gemv_check, rf_gemv_force, rf_gemv_default},
+    {"stream", rf_gemm_stream_num_configs, rf_gemm_stream_config_name, rf_gemm_stream_check, rf_gemm_stream_force,
+     rf_gemm_stream_default},
+    {"skinny", rf_gemm_skinny_num_configs, rf_gemm_skinny_config_name, rf_gemm_skinny_check, rf_gemm_skinny_force,
+     rf_gemm_skinny_default},
+};
+#define NUM_OWN_KERNELS ((int)(sizeof own_kernels / sizeof own_kernels[0]))
+
+static rf_status call_gemm_own(bench *b, int copy, rf_error *err) {
+    return own_kernels[b->own_kernel].force(b->stream, &b->gemm[copy], b->gemm_config, err);
+}
+
+static void bench_text_shape(bench *b, int64_t m, int64_t n, int64_t k, bool tune) {
+    double bytes = 2.0 * (double)n * (double)k;
+    int copies = (int)(TEXT_ROTATE_BYTES / bytes) + 1;
+    char name[64];
+    snprintf(name, sizeof name, "%lldx%lldx%lld", (long long)m, (long long)n, (long long)k);
+    renew_stream(b);
+    b->copies = copies > MAX_COPIES ? MAX_COPIES : copies;
+    void *x = take_normal(b, b->dtype, m * k, 1), *y = take(b, (size_t)(m * n) * 2);
+    for (int c = 0; c < b->copies; c++) {
+        rf_gemm_args *g = &b->gemm[c];
+        *g = rf_gemm_args_default(b->dtype, m, n, k);
+        g->x = x;
+        g->w = take_normal(b, b->dtype, n * k, 0.02f);
+        g->y = y;
+    }
+    rf_error err = {0};
+    if (rf_stream_synchronize(b->stream, &err) != RF_OK) fail("synchronize", &err);
+    set_tuning(b, false);
+    double first = skinny_us(b, call_gemm, name); /* w_is_constant is not set yet: cuBLASLt's */
+    for (int c = 0; c < b->copies; c++) b->gemm[c].w_is_constant = true;
+    renew_stream(b);
+    set_tuning(b, false);
+    const char *chosen = "cuBLASLt";
+    for (int i = NUM_OWN_KERNELS - 1; i >= 0; i--) {
+        int config = own_kernels[i].first_choice(b->stream, &b->gemm[0]);
+        if (config >= 0) chosen = own_kernels[i].config_name(config);
+    }
+    double untuned = skinny_us(b, call_gemm, name), tuned = -1.0;
+    if (tune) {
+        set_tuning(b, true);
+        tuned = skinny_us(b, call_gemm, name);
+        set_tuning(b, false);
+    }
+    if (b->jsonl)
+        printf("{\"name\":\"gemm %s\",\"device\":\"%s\",\"floor_us\":%.3f,\"first_us\":%.3f,\"operator_us\":%.3f,"
+               "\"operator\":\"%s\",\"tuned_us\":%.3f,\"own_us\":{",
+               name, rf_backend_name(b->backend), bytes / PEAK_BYTES * 1e6, first, untuned, chosen, tuned);
+    else
+        printf("| %-17s | %7.2f | %7.2f %5.0f | %7.2f %5.0f | %-8s | %7.2f |", name, bytes / PEAK_BYTES * 1e6, first,
+               bytes / first * 1e-3, untuned, bytes / untuned * 1e-3, chosen, tuned);
+    double best = 0;
+    char best_name[32] = "-";
+    for (int i = 0, num = 0; i < NUM_OWN_KERNELS; i++) {
+        for (int c = 0; c < own_kernels[i].num_configs(); c++) {
+            if (own_kernels[i].check(b->stream, &b->gemm[0], c, NULL) != RF_OK) continue;
+            b->own_kernel = i;
+            b->gemm_config = c;
+            double us = skinny_us(b, call_gemm_own, own_kernels[i].config_name(c));
+            if (us > 0 && (best <= 0 || us < best)) {
+                best = us;
+                snprintf(best_name, sizeof best_name, "%s", own_kernels[i].config_name(c));
+            }
+            if (b->jsonl)
+                printf("%s\"%s\":%.3f", num++ ? "," : "", own_kernels[i].config_name(c), us);
+            else
+                printf(" %s %.2f", own_kernels[i].config_name(c), us);
+            fflush(stdout);
+        }
+    }
+    if (b->jsonl)
+        printf("}}\n");
+    else
+        printf(" | %s %.2f %5.0f |\n", best_name, best, best > 0 ? bytes / best * 1e-3 : 0);
+    fflush(stdout);
+    release(b);
+}
+
+static rf_status call_text_layer(bench *b, int copy, rf_error *err) {
+    rf_status st = RF_OK;
+    for (int i = 0; i < 4 && st == RF_OK; i++) st = b->ops->gemm(b->stream, &b->gemm[4 * copy + i], err);
+    return st;
+}
+
+/* qkv, out of qkv's first columns, gate and up, down of the first half of these; what lies between is left out. */
+static void bench_text_layers(bench *b, const char *model, int64_t m, int64_t qkv, int64_t hidden, int64_t ffn,
+                              bool tune) {
+    static const char *const names[] = {"cuBLASLt's first", "operator", "operator, tuned"};
+    const int64_t n[4] = {qkv, hidden, 2 * ffn, hidden}, k[4] = {hidden, hidden, hidden, ffn};
+    void *at[4];
+    double bytes = 0;
+    renew_stream(b);
+    b->copies = 4;
+    for (int i = 0; i < 4; i++) {
+        at[i] = take_normal(b, b->dtype, m * n[i], 1);
+        bytes += 2.0 * (double)n[i] * (double)k[i];
+    }
+    for (int c = 0; c < 4 * b->copies; c++) {
+        int i = c % 4;
+        rf_gemm_args *g = &b->gemm[c];
+        *g = rf_gemm_args_default(b->dtype, m, n[i], k[i]);
+        g->x = at[(i + 3) % 4];
+        if (i == 1 || i == 3) g->ldx = n[i - 1];
+        g->w = take_normal(b, b->dtype, n[i] * k[i], k[i] > 8192 ? 0.0085f : 0.0156f); /* keeps the size of x */
+        g->y = at[i];
+    }
+    rf_error err = {0};
+    if (rf_stream_synchronize(b->stream, &err) != RF_OK) fail("synchronize", &err);
+    for (int v = 0; v < (tune ? 3 : 2); v++) {
+        for (int c = 0; c < 4 * b->copies; c++) b->gemm[c].w_is_constant = v > 0;
+        renew_stream(b);
+        set_tuning(b, v == 2);
+        double us = skinny_us(b, call_text_layer, names[v]);
+        if (b->jsonl)
+            printf("{\"name\":\"gemm chain %s m %lld, %s\",\"device\":\"%s\",\"layer_us\":%.3f,\"gbps\":%.1f}\n", model,
+                   (long long)m, names[v], rf_backend_name(b->backend), us, bytes / us * 1e-3);
+        else
+            printf("four GEMMs of a layer of %s, m %lld, %s: %.2f us, %.0f GB/s\n", model, (long long)m, names[v], us,
+                   bytes / us * 1e-3);
+        fflush(stdout);
+    }
+    release(b);
+}
+
+static void bench_text(bench *b, bool tune) {
+    static const int64_t rows[] = {1, 4, 32, 64};
+    /* Llama-3-8B, LLaDA-8B, Qwen2.5-7B; their heads */
+    static const struct {
+        int64_t n, k;
+    } shapes[] = {{6144, 4096},  {4096, 4096},  {28672, 4096}, {4096, 14336},  {12288, 4096}, {24576, 4096},
+                  {4096, 12288}, {3584, 18944}, {37888, 3584}, {128256, 4096}, {126464, 4096}};
+    const int repeats = b->repeats, min_calls = b->min_calls;
+    if (!b->cuda || b->dtype != RF_DTYPE_BF16) {
+        fprintf(stderr, "gemm-text: CUDA and bf16 only\n");
+        return;
+    }
+    b->repeats = repeats < 7 ? repeats : 7;
+    b->min_calls = 10;
+    for (int r = 0; r < 4; r++) {
+        if (rows[r] < 32)
+            bench_text_layers(b, "Llama-3-8B", rows[r], 6144, 4096, 14336, tune);
+        else
+            bench_text_layers(b, "LLaDA-8B", rows[r], 12288, 4096, 12288, tune);
+    }
+    if (!b->jsonl)
+        printf("\n| gemm, us (GB/s)   | floor   | first         | operator      | chosen   | tuned   | own | best |\n"
+               "|-------------------|--------:|--------------:|--------------:|----------|--------:|---|---|\n");
+    for (int r = 0; r < 4; r++)
+        for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++)
+            bench_text_shape(b, rows[r], shapes[i].n, shapes[i].k, tune);
+    set_tuning(b, true);
+    b->repeats = repeats;
+    b->min_calls = min_calls;
+    fprintf(stderr, "gemm-text: done\n");
+}
+
+static void bench_gemm_text(bench *b) {
+    bench_text(b, false);
+}
+
+static void bench_gemm_text_tuned(bench *b) {
+    bench_text(b, true);
+}
+
 #else
 
 static void bench_gemm_tiles(bench *b) {
@@ -511,6 +702,14 @@ static void bench_gemm_skinny(bench *b) {
     fprintf(stderr, "gemm-skinny: this build has no CUDA\n");
 }
 
+static void bench_gemm_text(bench *b) {
+    fprintf(stderr, "gemm-text: this build has no CUDA\n");
+}
+
+static void bench_gemm_text_tuned(bench *b) {
+    bench_gemm_text(b);
+}
+
 #endif
 
 /* ---- attention ---- */
@@ -519,20 +718,185 @@ static rf_status call_attention(bench *b, int copy, rf_error *err) {
     return b->ops->attention(b->stream, &b->attention, err);
 }
 
+static rf_status call_attention_copy(bench *b, int copy, rf_error *err) {
+    return b->ops->attention(b->stream, &b->attentions[copy], err);
+}
+
+/* b->attentions: one sequence, the same queries, each copy with keys of its own. */
+static void make_caches(bench *b, int64_t q_len, int64_t kv_len, int64_t capacity, int hq, int hkv, int d,
+                        rf_attention_kernel kernel) {
+    rf_error err = {0};
+    double kv_bytes = 2.0 * (double)rf_dtype_bytes(b->dtype) * d * hkv * (double)kv_len;
+    int copies = b->cuda ? (int)(ROTATE_BYTES / kv_bytes) + 1 : 1;
+    b->copies = copies > MAX_COPIES ? MAX_COPIES : copies;
+    int32_t len = (int32_t)kv_len;
+    int32_t *lens = take(b, sizeof len);
+    if (rf_stream_upload(b->stream, lens, &len, sizeof len, &err) != RF_OK) fail("upload", &err);
+    if (rf_stream_synchronize(b->stream, &err) != RF_OK) fail("synchronize", &err);
+    for (int c = 0; c < b->copies; c++) {
+        rf_attention_args *a = &b->attentions[c];
+        *a = rf_attention_args_packed(b->dtype, 1, q_len, hq, d, NULL, NULL);
+        a->num_kv_heads = hkv;
+        a->kv_len = capacity;
+        a->kv_lens = lens;
+        a->q_row_stride = (int64_t)hq * d;
+        a->kv_row_stride = (int64_t)hkv * d;
+        a->kernel = kernel;
+        a->k = take_normal(b, b->dtype, kv_len * hkv * d, 1); /* rows past the length are never read */
+        a->v = take_normal(b, b->dtype, kv_len * hkv * d, 1);
+        if (c > 0) {
+            a->q = b->attentions[0].q;
+            a->out = b->attentions[0].out;
+            a->workspace = b->attentions[0].workspace;
+            a->workspace_bytes = b->attentions[0].workspace_bytes;
+            continue;
+        }
+        a->q = take_normal(b, b->dtype, q_len * hq * d, 1);
+        a->out = take(b, (size_t)(q_len * hq * d) * rf_dtype_bytes(b->dtype));
+        a->workspace_bytes = b->ops->attention_workspace(b->backend, a);
+        a->workspace = take(b, a->workspace_bytes);
+    }
+}
+
+static rf_status call_merge(bench *b, int copy, rf_error *err) {
+    return b->ops->attention_merge(b->stream, &b->merge, err);
+}
+
+/* Few rows against a cache, as a text model's layers do: the calls of a graph rotate over caches that together pass 100 MB, so
+ * that keys come from memory. Capacity: what the call is planned for, where longer than the keys that are there. */
+static void bench_decode(bench *b) {
+    static const struct {
+        const char *name;
+        int64_t q_len, kv_len, capacity;
+        int hq, hkv, d;
+        rf_attention_kernel kernel;
+    } shapes[] = {
+        {"block", 32, 1024, 0, 32, 32, 128, RF_ATTENTION_AUTO},
+        {"block", 32, 4096, 0, 32, 32, 128, RF_ATTENTION_AUTO},
+        {"block", 32, 32768, 0, 32, 32, 128, RF_ATTENTION_AUTO},
+        {"block mma", 32, 1024, 0, 32, 32, 128, RF_ATTENTION_MMA},
+        {"block mma", 32, 4096, 0, 32, 32, 128, RF_ATTENTION_MMA},
+        {"block", 32, 1024, 4096, 32, 32, 128, RF_ATTENTION_AUTO},
+        {"block", 4, 4096, 0, 32, 8, 128, RF_ATTENTION_AUTO},
+        {"block", 64, 4096, 0, 32, 32, 128, RF_ATTENTION_AUTO},
+        {"block", 8, 4096, 0, 28, 4, 128, RF_ATTENTION_AUTO},
+        {"block", 32, 4096, 0, 16, 16, 64, RF_ATTENTION_AUTO},
+        {"decode", 1, 1024, 0, 32, 8, 128, RF_ATTENTION_AUTO},
+        {"decode", 1, 8192, 0, 32, 8, 128, RF_ATTENTION_AUTO},
+        {"decode", 1, 32768, 0, 32, 8, 128, RF_ATTENTION_AUTO},
+        {"decode", 1, 131072, 0, 32, 8, 128, RF_ATTENTION_AUTO},
+        {"decode", 1, 1024, 32768, 32, 8, 128, RF_ATTENTION_AUTO},
+        {"decode mma", 1, 1024, 0, 32, 8, 128, RF_ATTENTION_MMA},
+        {"decode mma", 1, 8192, 0, 32, 8, 128, RF_ATTENTION_MMA},
+        {"decode", 1, 1024, 0, 28, 4, 128, RF_ATTENTION_AUTO},
+        {"decode", 1, 8192, 0, 28, 4, 128, RF_ATTENTION_AUTO},
+    };
+    for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++) {
+        int64_t q_len = shapes[i].q_len, kv_len = shapes[i].kv_len;
+        int64_t capacity = shapes[i].capacity ? shapes[i].capacity : kv_len;
+        int hq = shapes[i].hq, hkv = shapes[i].hkv, d = shapes[i].d;
+        if (shapes[i].kernel != RF_ATTENTION_AUTO && (!b->cuda || b->dtype != RF_DTYPE_BF16)) continue;
+        double elem = (double)rf_dtype_bytes(b->dtype), flops = 4.0 * hq * (double)q_len * (double)kv_len * d;
+        double bytes = 2.0 * elem * d * (hkv * (double)kv_len + hq * (double)q_len);
+        char name[96];
+        snprintf(name, sizeof name, "attention %s (%lld,%d/%d,%lld of %lld,%d)", shapes[i].name, (long long)q_len, hq,
+                 hkv, (long long)kv_len, (long long)capacity, d);
+        if (too_large(b, name, flops)) continue;
+        make_caches(b, q_len, kv_len, capacity, hq, hkv, d, shapes[i].kernel);
+        report(b, name, call_attention_copy, flops, bytes);
+    }
+    /* A reuse step of 32 rows: inside keys only, joined with what is kept; in one call and in two. */
+    enum { ROWS = 32, HEADS = 32, DIM = 128 };
+    const int64_t width = HEADS * DIM;
+    rf_attention_args *a = &b->attention;
+    *a = rf_attention_args_packed(b->dtype, 1, ROWS, HEADS, DIM, take_normal(b, b->dtype, ROWS * 3 * width, 1), NULL);
+    a->out = take(b, (size_t)(ROWS * width) * rf_dtype_bytes(b->dtype));
+    float *kept = take_normal(b, RF_DTYPE_F32, ROWS * width, 1),
+          *kept_lse = take_normal(b, RF_DTYPE_F32, ROWS * HEADS, 1);
+    a->join_out = kept;
+    a->join_lse = kept_lse;
+    a->join_slots = ROWS;
+    a->workspace_bytes = b->ops->attention_workspace(b->backend, a);
+    a->workspace = take(b, a->workspace_bytes);
+    double elem = (double)rf_dtype_bytes(b->dtype), bytes = ROWS * (double)width * (4 * elem + 4);
+    report(b, "attention inside, joined (32,32/32,32,128)", call_attention, 4.0 * ROWS * ROWS * (double)width, bytes);
+    b->merge = (rf_attention_merge_args){
+        .out_a_dtype = RF_DTYPE_F32, .dtype = b->dtype, .rows = ROWS, .num_heads = HEADS, .head_dim = DIM};
+    b->merge.out_a = take_normal(b, RF_DTYPE_F32, ROWS * width, 1);
+    b->merge.out_b = take_normal(b, b->dtype, ROWS * width, 1);
+    b->merge.lse_a = take_normal(b, RF_DTYPE_F32, ROWS * HEADS, 1);
+    b->merge.lse_b = take_normal(b, RF_DTYPE_F32, ROWS * HEADS, 1);
+    b->merge.out = take(b, (size_t)(ROWS * width) * rf_dtype_bytes(b->dtype));
+    report(b, "attention_merge (32,32,128)", call_merge, 3.0 * ROWS * (double)width,
+           ROWS * (double)width * (4 + 2 * elem));
+}
+
+#ifdef RF_HAVE_CUDA
+
+static rf_status call_attention_plan(bench *b, int copy, rf_error *err) {
+    size_t need = 0;
+    return rf_attention_decode_force(b->stream, &b->attentions[copy], b->cluster, b->splits, &need, err);
+}
+
+static void bench_decode_plans(bench *b) {
+    static const struct {
+        int64_t q_len, kv_len;
+        int hq, hkv;
+    } shapes[] = {{32, 1024, 32, 32}, {32, 4096, 32, 32}, {1, 1024, 32, 8}, {1, 8192, 32, 8},
+                  {1, 32768, 32, 8},  {1, 1024, 28, 4},   {1, 8192, 28, 4}, {4, 4096, 32, 8}};
+    static const int splits[] = {1, 2, 3, 4, 8, 16};
+    if (!b->cuda || b->dtype != RF_DTYPE_BF16) {
+        fprintf(stderr, "attention-plans: CUDA and bf16 only\n");
+        return;
+    }
+    printf("| attention, head_dim 128, us: clusters of | splits |    1 |    2 |    4 |    8 |\n"
+           "|---|---|---:|---:|---:|---:|\n");
+    for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++) {
+        int hq = shapes[i].hq, hkv = shapes[i].hkv;
+        make_caches(b, shapes[i].q_len, shapes[i].kv_len, shapes[i].kv_len, hq, hkv, 128, RF_ATTENTION_AUTO);
+        size_t bytes = 32 * (size_t)(shapes[i].q_len * hq) * 129 * sizeof(float);
+        void *workspace = take(b, bytes);
+        for (int c = 0; c < b->copies; c++) {
+            b->attentions[c].workspace = workspace;
+            b->attentions[c].workspace_bytes = bytes;
+        }
+        double seconds = 0;
+        for (size_t n = 0; n < sizeof splits / sizeof splits[0]; n++) {
+            printf("| %lld rows, %d/%d heads, %lld keys | %6d |", (long long)shapes[i].q_len, hq, hkv,
+                   (long long)shapes[i].kv_len, splits[n]);
+            for (b->cluster = 1; b->cluster <= 8; b->cluster *= 2) {
+                rf_error err = {0};
+                b->splits = splits[n];
+                rf_status st = time_calls(b, call_attention_plan, &seconds, &err);
+                if (st != RF_OK) fprintf(stderr, "attention-plans: %s\n", err.message);
+                printf(" %6.2f |", st == RF_OK ? seconds * 1e6 : -1.0);
+            }
+            printf("\n");
+            fflush(stdout);
+        }
+        release(b);
+    }
+}
+
+#else
+
+static void bench_decode_plans(bench *b) {
+    fprintf(stderr, "attention-plans: this build has no CUDA\n");
+}
+
+#endif
+
 static void bench_attention(bench *b) {
     static const struct {
         const char *name;
         int64_t batch, q_len, kv_len;
         int hq, hkv, d;
     } shapes[] = {
-        {"shipped DiT b8", 8, 256, 256, 3, 3, 72},       {"DiT 256 px b2", 2, 256, 256, 16, 16, 72},
-        {"DiT 256 px b32", 32, 256, 256, 16, 16, 72},    {"DiT 512 px b2", 2, 1024, 1024, 16, 16, 72},
-        {"DiT 512 px b16", 16, 1024, 1024, 16, 16, 72},  {"LLM 1024", 1, 1024, 1024, 32, 32, 128},
-        {"LLM 4096", 1, 4096, 4096, 32, 32, 128},        {"video", 1, 32760, 32760, 12, 12, 128},
-        {"block 32 x 1024", 1, 32, 1024, 32, 32, 128},   {"block 32 x 4096", 1, 32, 4096, 32, 32, 128},
-        {"block 32 x 32768", 1, 32, 32768, 32, 32, 128}, {"decode 1k", 1, 1, 1024, 32, 8, 128},
-        {"decode 8k", 1, 1, 8192, 32, 8, 128},           {"decode 32k", 1, 1, 32768, 32, 8, 128},
-        {"oasis spatial", 1, 144, 144, 16, 16, 64},      {"oasis temporal", 144, 1, 32, 16, 16, 64},
+        {"shipped DiT b8", 8, 256, 256, 3, 3, 72},      {"DiT 256 px b2", 2, 256, 256, 16, 16, 72},
+        {"DiT 256 px b32", 32, 256, 256, 16, 16, 72},   {"DiT 512 px b2", 2, 1024, 1024, 16, 16, 72},
+        {"DiT 512 px b16", 16, 1024, 1024, 16, 16, 72}, {"LLM 1024", 1, 1024, 1024, 32, 32, 128},
+        {"LLM 4096", 1, 4096, 4096, 32, 32, 128},       {"video", 1, 32760, 32760, 12, 12, 128},
+        {"oasis spatial", 1, 144, 144, 16, 16, 64},     {"oasis temporal", 144, 1, 32, 16, 16, 64},
     };
     for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++) {
         int64_t batch = shapes[i].batch, q_len = shapes[i].q_len, kv_len = shapes[i].kv_len;
@@ -773,7 +1137,8 @@ static int usage(const char *why) {
     fprintf(stderr,
             "bench_kernels: %s\n"
             "usage: bench_kernels [--device cpu|cuda|cuda:N] [--dtype f32|bf16] [--what "
-            "gemm|attention|norm|conv|layer|all|gemm-tiles|gemm-skinny]\n"
+            "gemm|attention|attention-decode|norm|conv|layer|all|gemm-tiles|gemm-skinny|gemm-text|gemm-text-tuned|"
+            "attention-plans]\n"
             "                     [-t threads] [-r repeats] [-o md|jsonl]\n",
             why);
     return 2;
@@ -807,11 +1172,15 @@ int main(int argc, char **argv) {
         void (*run)(bench *);
     } groups[] = {{"gemm", bench_gemm},
                   {"attention", bench_attention},
+                  {"attention-decode", bench_decode},
                   {"norm", bench_norm},
                   {"conv", bench_conv},
                   {"layer", bench_layer},
-                  {"gemm-tiles", bench_gemm_tiles}, /* this and the next only by their names */
-                  {"gemm-skinny", bench_gemm_skinny}};
+                  {"gemm-tiles", bench_gemm_tiles}, /* this and the next four only by their names */
+                  {"gemm-skinny", bench_gemm_skinny},
+                  {"gemm-text", bench_gemm_text},
+                  {"gemm-text-tuned", bench_gemm_text_tuned},
+                  {"attention-plans", bench_decode_plans}};
     const size_t num_groups = sizeof groups / sizeof groups[0];
     bool known = strcmp(what, "all") == 0;
     for (size_t i = 0; i < num_groups; i++) known |= strcmp(what, groups[i].name) == 0;
@@ -829,7 +1198,7 @@ int main(int argc, char **argv) {
     fprintf(stderr, "%s: %s, %d threads, %s\n", rf_backend_name(b.backend), rf_backend_description(b.backend),
             rf_backend_num_threads(b.backend), rf_dtype_name(b.dtype));
     for (size_t i = 0; i < num_groups; i++) {
-        if ((strcmp(what, "all") == 0 && i + 2 < num_groups) || strcmp(what, groups[i].name) == 0) groups[i].run(&b);
+        if ((strcmp(what, "all") == 0 && i + 5 < num_groups) || strcmp(what, groups[i].name) == 0) groups[i].run(&b);
     }
     rf_stream_destroy(b.stream);
     rf_backend_close(b.backend);

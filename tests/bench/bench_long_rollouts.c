@@ -1,26 +1,33 @@
-/* tests/bench/bench_long_rollouts.c - do long rollouts of a world end in noise, in one colour or in a frozen picture, and does their memory
- * stay constant? Counted for several cache settings on the same first frames, actions and noise.
+/* tests/bench/bench_long_rollouts.c - do long rollouts of a world end in noise, in patches, in one colour or in a frozen
+ * picture, and does their memory stay constant? Counted for several cache settings on the same first frames, actions, noise.
  *
  *   bench_long_rollouts [--model DIR] [--device cpu|cuda|cuda:N] [--dtype f32|bf16] [-t threads] [-b rollouts] [--frames N]
  *                       [--sheet FILE.png] SETTING...
  *   bench_long_rollouts --selftest
  *
- *   SETTING   none | latent-noise | POLICY[:option=value,...], then [@rebuild|@keep|@sinks] and [+carry=off|first|last]
- *             latent-noise is no rollout: every frame decodes a fresh normal latent. It shows what the judgement makes of that.
+ *   SETTING   none | decoded | latent-noise | POLICY[:option=value,...], then [@rebuild|@keep|@sinks] and
+ *             [+carry=off|first|last]
+ *             decoded and latent-noise are no rollouts and show what the judgement makes of them: every frame is the
+ *             simulator's, encoded and decoded by the model's VAE; every frame decodes a fresh normal latent.
  *
  * Rollouts  1..b start at worlds 1..b of the maze simulator. Actions are held for 2..12 frames, drawn from the rollout's number
  *           alone: the walk sees no walls, so its law is the same in the model's world and in the simulator's.
  * Measured  on frames rounded to 8 bits, a mean over a window of 100 frames (a quarter of the rollout if that is less):
  *             difference  mean absolute change of a frame against the one before, where the action moves or turns
  *             Laplacian   mean |4 x - left - right - above - below| of luma
- *             borders     mean step of luma across the borders of latent pixels over that inside them, both plus one level: a frame
- *                         that falls apart into patches can have the Laplacian and the colours of a true one
+ *             borders     steps of luma across the borders of latent pixels over those next to them: of every stretch of
+ *                         border between two latent pixels, (mean step across it + 1 level) / (mean of the two steps on
+ *                         either side + 1 level); the median over a frame's stretches, as a horizon or a wall may well lie
+ *                         on one line of the grid. 1 where the grid leaves no trace. A frame that falls apart into patches
+ *                         can have the Laplacian and the colours of a true one.
  *             colours     mean and standard deviation over a frame of R, G and B
  * Bounds    from the simulator, every window of 64 other walks of 200 frames in other worlds:
  *             BLANK   Laplacian under half of its 0.1th percentile (checked first)
  *             FROZEN  difference under a quarter of its 1st percentile
- *             NOISE   Laplacian or difference over 1.25 x their 99.9th percentile; a colour value outside its extremes widened by
- *                     10 % of their distance at both ends; or a value that is not finite
+ *             NOISE   Laplacian or difference over 1.25 x their 99.9th percentile; a colour value outside its extremes
+ *                     widened by 10 % of their distance at both ends; or a value that is not finite
+ *             PATCHES borders over 1.25 x their 99.9th percentile, of the frames of 16 of these walks after the model's VAE has
+ *                     encoded and decoded them (it leaves faint borders) or of the true ones if that is more
  *           Verdicts are those of the windows that end at a quarter, at half and at the end of the rollout; "bad windows" counts
  *           all windows of all rollouts. The row "simulator" judges the true walks of the rollouts: its counts are false alarms.
  * Memory    statistics are running sums. Device bytes and live host allocations must be the same at frame 100 and at the end;
@@ -42,6 +49,7 @@
 #define TRUE_WALKS       64
 #define TRUE_FRAMES      200
 #define TRUE_FIRST_WORLD 1000001 /* no rollout starts there */
+#define DECODED_WALKS    16      /* of the true ones */
 #define MAX_WINDOW       100
 #define MIN_FRAMES       40
 #define MAX_FRAMES       1000000
@@ -64,8 +72,8 @@ enum {
     NUM_STATS = STAT_COLORS + 6
 };
 
-typedef enum { VERDICT_FINE = 0, VERDICT_FROZEN, VERDICT_NOISE, VERDICT_BLANK, NUM_VERDICTS } verdict;
-static const char verdict_marks[NUM_VERDICTS] = {'.', 'F', 'N', 'B'};
+typedef enum { VERDICT_FINE = 0, VERDICT_FROZEN, VERDICT_NOISE, VERDICT_PATCHES, VERDICT_BLANK, NUM_VERDICTS } verdict;
+static const char verdict_marks[NUM_VERDICTS] = {'.', 'F', 'N', 'P', 'B'};
 
 static double now_s(void) {
     struct timespec t;
@@ -114,7 +122,8 @@ typedef struct {
 
 typedef struct {
     int width, height, patch_width, patch_height; /* patch: pixels of a latent pixel */
-    float *frame, *last, *luma; /* levels 0..255: [3][height][width] twice and [height][width] */
+    float *frame, *last, *luma;                   /* levels 0..255: [3][height][width] twice and [height][width] */
+    double *stretches;                            /* [num_stretches], scratch of border_ratio */
     bool has_last;
     window_sums sums;
 } watcher;
@@ -129,14 +138,16 @@ static bool create_watcher(watcher *w, int width, int height, int patch_width, i
     w->frame = rf_alloc_zero(3 * pixels, sizeof(float));
     w->last = rf_alloc_zero(3 * pixels, sizeof(float));
     w->luma = rf_alloc_zero(pixels, sizeof(float));
+    w->stretches = rf_alloc_zero(2 * (size_t)(width / patch_width) * (size_t)(height / patch_height), sizeof(double));
     clear_window(&w->sums);
-    return w->frame && w->last && w->luma;
+    return w->frame && w->last && w->luma && w->stretches;
 }
 
 static void free_watcher(watcher *w) {
     rf_free(w->frame);
     rf_free(w->last);
     rf_free(w->luma);
+    rf_free(w->stretches);
     *w = (watcher){0};
 }
 
@@ -168,26 +179,37 @@ static double mean_laplacian(const float *luma, int width, int height) {
     return sum / ((double)(width - 2) * (double)(height - 2));
 }
 
+static int by_value(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+/* A stretch of border: `step` leads from pixel to pixel across it and `along` from pixel to pixel beside it; at: the first
+ * pixel before it. Needs three pixels on either side. */
+static double stretch_ratio(const float *at, int length, int step, int along) {
+    double across = 0, beside = 0;
+    for (int i = 0; i < length; i++, at += along) {
+        across += (double)fabsf(at[step] - at[0]);
+        beside += (double)(fabsf(at[0] - at[-step]) + fabsf(at[-step] - at[-2 * step]));
+        beside += (double)(fabsf(at[2 * step] - at[step]) + fabsf(at[3 * step] - at[2 * step]));
+    }
+    return (across / length + 1) / (beside / (4 * length) + 1);
+}
+
+/* Median over the stretches of border of a frame; 1 if there are none, or latent pixels are under three pixels wide. */
 static double border_ratio(const watcher *w) {
-    double steps[2] = {0, 0};
-    int64_t nums[2] = {0, 0};
-    for (int y = 0; y < w->height; y++) {
-        const float *row = w->luma + (size_t)y * (size_t)w->width;
-        bool below = (y + 1) % w->patch_height == 0;
-        for (int x = 0; x < w->width; x++) {
-            bool right = (x + 1) % w->patch_width == 0;
-            if (x + 1 < w->width) {
-                steps[right] += (double)fabsf(row[x + 1] - row[x]);
-                nums[right]++;
-            }
-            if (y + 1 < w->height) {
-                steps[below] += (double)fabsf(row[x + w->width] - row[x]);
-                nums[below]++;
-            }
+    const int pw = w->patch_width, ph = w->patch_height;
+    size_t num = 0;
+    for (int y = 0; y + ph <= w->height; y += ph) {
+        for (int x = 0; x + pw <= w->width; x += pw) {
+            const float *corner = w->luma + (size_t)y * (size_t)w->width + (size_t)x;
+            if (x > 0 && pw >= 3) w->stretches[num++] = stretch_ratio(corner - 1, ph, 1, w->width);
+            if (y > 0 && ph >= 3) w->stretches[num++] = stretch_ratio(corner - w->width, pw, w->width, 1);
         }
     }
-    if (nums[0] == 0 || nums[1] == 0) return 1; /* no borders, or nothing else */
-    return (steps[1] / (double)nums[1] + 1) / (steps[0] / (double)nums[0] + 1);
+    if (num == 0) return 1;
+    qsort(w->stretches, num, sizeof *w->stretches, by_value);
+    return 0.5 * (w->stretches[(num - 1) / 2] + w->stretches[num / 2]);
 }
 
 /* Statistics of one frame. difference stays unset where there is none. */
@@ -254,15 +276,11 @@ static verdict judge(const window_sums *w, const true_bounds *bounds) {
     if (!(means[STAT_LAPLACIAN] >= bounds->low[STAT_LAPLACIAN])) return VERDICT_BLANK;
     if (w->num_moving > 0 && !(means[STAT_DIFFERENCE] >= bounds->low[STAT_DIFFERENCE])) return VERDICT_FROZEN;
     for (int i = 0; i < NUM_STATS; i++) {
-        if (i == STAT_DIFFERENCE && w->num_moving == 0) continue;
+        if (i == STAT_BORDERS || (i == STAT_DIFFERENCE && w->num_moving == 0)) continue;
         if (!(means[i] >= bounds->low[i] && means[i] <= bounds->high[i])) return VERDICT_NOISE;
     }
+    if (!(means[STAT_BORDERS] <= bounds->high[STAT_BORDERS])) return VERDICT_PATCHES;
     return VERDICT_FINE;
-}
-
-static int by_value(const void *a, const void *b) {
-    double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
 }
 
 static double percentile(const double *sorted, size_t num, double percent) {
@@ -365,7 +383,7 @@ static rf_status calibrate(true_bounds *out, const true_view *v, rf_error *err) 
 
 /* ---- settings ---------------------------------------------------------------------------------------------------- */
 
-typedef enum { SOURCE_MODEL = 0, SOURCE_SIMULATOR, SOURCE_LATENT_NOISE } frame_source;
+typedef enum { SOURCE_MODEL = 0, SOURCE_SIMULATOR, SOURCE_DECODED, SOURCE_LATENT_NOISE } frame_source;
 
 typedef struct {
     char name[NAME_BYTES];
@@ -390,7 +408,8 @@ static rf_status read_setting(setting *s, const char *text, rf_error *err) {
         return rf_fail(err, RF_ERR_ARGUMENT, "%s: expected @rebuild, @keep or @sinks", text);
     if (context) *context = 0;
     if (strcmp(left, "latent-noise") == 0) s->source = SOURCE_LATENT_NOISE;
-    bool plain = strcmp(left, "none") == 0 || s->source == SOURCE_LATENT_NOISE;
+    if (strcmp(left, "decoded") == 0) s->source = SOURCE_DECODED;
+    bool plain = strcmp(left, "none") == 0 || s->source != SOURCE_MODEL;
     if (plain && carry) return rf_fail(err, RF_ERR_ARGUMENT, "%s: +carry without a policy does nothing", text);
     if (plain) return RF_OK;
     char *options = strchr(left, ':');
@@ -418,7 +437,7 @@ typedef struct {
     char ends[MAX_BATCH + 1]; /* a mark a rollout */
     int64_t windows, bad_windows;
     double end_laplacian, end_difference, end_borders; /* of the last window, mean over rollouts */
-    double seconds;                       /* making and reading frames */
+    double seconds;                                    /* making and reading frames */
     memory_use early, late;
     bool has_memory;
 } run_result;
@@ -432,13 +451,15 @@ typedef struct {
     int checkpoints[NUM_CHECKPOINTS];    /* frames */
     int action_places[MAZE_NUM_ACTIONS]; /* in an action row; -1: a row of zeros */
     true_bounds bounds;
+    double decoded_borders; /* mean over the windows of decoded walks */
     setting settings[MAX_SETTINGS];
     int num_settings;
     rf_image sheet; /* rgb NULL: none wanted */
 
     /* of the run in progress */
     const setting *setting;
-    int sheet_row; /* in settings, the simulator first */
+    int sheet_row;        /* in settings, the simulator first */
+    uint64_t first_world; /* of the rollouts */
     rf_world_session *session;
     maze_world *mazes; /* [batch] */
     held_walk *walks;  /* [batch] */
@@ -505,9 +526,9 @@ static void render_mazes(bench *b) {
 /* The first frames, in b->frames as the source shows them. */
 static rf_status begin(bench *b, rf_error *err) {
     for (int i = 0; i < b->batch; i++) {
-        maze_init(&b->mazes[i], (uint64_t)i + 1);
-        b->walks[i] = (held_walk){.seed = (uint64_t)i + 1};
-        b->seeds[i] = (uint64_t)i + 1;
+        b->seeds[i] = b->first_world + (uint64_t)i;
+        maze_init(&b->mazes[i], b->seeds[i]);
+        b->walks[i] = (held_walk){.seed = b->seeds[i]};
         restart_watcher(&b->watchers[i]);
         b->actions[i] = MAZE_NONE;
         b->marks[i] = verdict_marks[VERDICT_FINE];
@@ -526,12 +547,12 @@ static rf_status advance(bench *b, int frame, rf_error *err) {
         int action = b->actions[i] = next_action(&b->walks[i]), place = b->action_places[action];
         if (place >= 0) b->rows[(size_t)i * dim + (size_t)place] = 1;
     }
-    if (b->setting->source == SOURCE_SIMULATOR) {
+    if (b->setting->source == SOURCE_SIMULATOR || b->setting->source == SOURCE_DECODED) {
         for (int i = 0; i < b->batch; i++) maze_step(&b->mazes[i], b->actions[i]);
         render_mazes(b);
-        return RF_OK;
-    }
-    if (b->setting->source == SOURCE_LATENT_NOISE) {
+        if (b->setting->source == SOURCE_SIMULATOR) return RF_OK;
+        RF_TRY(rf_world_session_start(b->session, b->frames, 1, NULL, b->seeds, err));
+    } else if (b->setting->source == SOURCE_LATENT_NOISE) {
         size_t elems = latent_elems(b);
         for (int i = 0; i < b->batch; i++)
             rf_rng_normal_at(b->seeds[i], (uint64_t)frame, 0, b->latents + (size_t)i * elems, elems);
@@ -673,9 +694,68 @@ static rf_status run_setting(bench *b, const setting *s, int sheet_row, run_resu
     return st == RF_OK ? st : rf_fail_prefix(err, st, "%s", s->name);
 }
 
+/* ---- what the VAE leaves of true walks --------------------------------------------------------------------------- */
+
+/* borders [DECODED_WALKS][TRUE_FRAMES] of the first true walks, encoded and decoded. b: its arrays are used, nothing else. */
+static rf_status measure_decoded_walks(const bench *b, double (*borders)[TRUE_FRAMES], rf_error *err) {
+    static const setting decoded = {.name = "decoded", .source = SOURCE_DECODED};
+    bench part = *b;
+    rf_world_options o = rf_world_options_default();
+    rf_status st = RF_OK;
+    part.setting = &decoded;
+    part.batch = b->batch < DECODED_WALKS ? b->batch : DECODED_WALKS;
+    o.batch = part.batch;
+    o.window = 2; /* the least: there is nothing to remember */
+    RF_TRY(rf_world_session_create(&part.session, b->model, &o, err));
+    for (int first = 0; first < DECODED_WALKS && st == RF_OK; first += part.batch) {
+        part.first_world = TRUE_FIRST_WORLD + (uint64_t)first;
+        st = begin(&part, err);
+        for (int frame = 1; frame <= TRUE_FRAMES && st == RF_OK; frame++) {
+            st = advance(&part, frame, err);
+            if (st != RF_OK) break;
+            for (int i = 0; i < part.batch; i++) {
+                double stats[NUM_STATS];
+                watch_frame(&part.watchers[i], part.frames + (size_t)i * frame_elems(b), false, stats);
+                if (first + i < DECODED_WALKS) borders[first + i][frame - 1] = stats[STAT_BORDERS];
+            }
+        }
+    }
+    rf_world_session_destroy(part.session);
+    return st;
+}
+
+/* Allows for the borders that the VAE leaves in true frames. */
+static rf_status calibrate_borders(bench *b, rf_error *err) {
+    size_t per_walk = (size_t)(TRUE_FRAMES - b->window + 1), num = 0;
+    double(*borders)[TRUE_FRAMES] = rf_alloc_zero(DECODED_WALKS, sizeof *borders);
+    double *values = rf_alloc_zero(DECODED_WALKS * per_walk, sizeof *values);
+    rf_status st = RF_OK;
+    true_bounds decoded;
+    if (!borders || !values) st = rf_fail(err, RF_ERR_MEMORY, "out of memory for %d decoded walks", DECODED_WALKS);
+    if (st == RF_OK) st = measure_decoded_walks(b, borders, err);
+    for (int walk = 0; walk < DECODED_WALKS && st == RF_OK; walk++) {
+        for (int first = 0; first + b->window <= TRUE_FRAMES; first++) {
+            double sum = 0;
+            for (int i = 0; i < b->window; i++) sum += borders[walk][first + i];
+            values[num++] = sum / b->window;
+        }
+    }
+    if (st == RF_OK) {
+        set_bounds(&decoded, STAT_BORDERS, values, num);
+        b->decoded_borders = decoded.mean[STAT_BORDERS];
+        if (decoded.high[STAT_BORDERS] > b->bounds.high[STAT_BORDERS])
+            b->bounds.high[STAT_BORDERS] = decoded.high[STAT_BORDERS];
+    }
+    rf_free(values);
+    rf_free(borders);
+    return st;
+}
+
+/* ---- rows -------------------------------------------------------------------------------------------------------- */
+
 static int num_bad_ends(const run_result *r) {
     const int *end = r->verdicts[NUM_CHECKPOINTS - 1];
-    return end[VERDICT_FROZEN] + end[VERDICT_NOISE] + end[VERDICT_BLANK];
+    return end[VERDICT_FROZEN] + end[VERDICT_NOISE] + end[VERDICT_PATCHES] + end[VERDICT_BLANK];
 }
 
 static void print_head(const bench *b) {
@@ -686,7 +766,8 @@ static void print_head(const bench *b) {
         "noise over %.2f)\n",
         TRUE_WALKS, b->bounds.mean[STAT_DIFFERENCE], b->bounds.low[STAT_DIFFERENCE], b->bounds.high[STAT_DIFFERENCE],
         b->bounds.mean[STAT_LAPLACIAN], b->bounds.low[STAT_LAPLACIAN], b->bounds.high[STAT_LAPLACIAN]);
-    printf("Borders %.3f (noise over %.3f)", b->bounds.mean[STAT_BORDERS], b->bounds.high[STAT_BORDERS]);
+    printf("Borders %.3f, decoded %.3f (patches over %.3f)", b->bounds.mean[STAT_BORDERS], b->decoded_borders,
+           b->bounds.high[STAT_BORDERS]);
     printf("; allowed means of R, G, B");
     for (int i = STAT_COLORS; i < NUM_STATS; i++)
         printf("%s %.0f..%.0f",
@@ -695,9 +776,10 @@ static void print_head(const bench *b) {
                                     : ",",
                b->bounds.low[i], b->bounds.high[i]);
     printf("\n\n| setting | frames/s |");
-    for (int c = 0; c < NUM_CHECKPOINTS; c++) printf(" frozen/noise/blank at %d |", b->checkpoints[c]);
-    printf(" each end | bad windows | difference | Laplacian | borders | device MiB at %d, end | VmRSS MiB at %d, end |\n",
-           b->memory_frame, b->memory_frame);
+    for (int c = 0; c < NUM_CHECKPOINTS; c++) printf(" frozen/noise/patches/blank at %d |", b->checkpoints[c]);
+    printf(
+        " each end | bad windows | difference | Laplacian | borders | device MiB at %d, end | VmRSS MiB at %d, end |\n",
+        b->memory_frame, b->memory_frame);
     printf("|---|---:|---|---|---|---|---:|---:|---:|---:|---:|---:|\n");
     fflush(stdout);
 }
@@ -705,8 +787,8 @@ static void print_head(const bench *b) {
 static void print_row(const char *name, const bench *b, const run_result *r) {
     printf("| %s | %.1f |", name, (double)b->batch * b->num_frames / r->seconds);
     for (int c = 0; c < NUM_CHECKPOINTS; c++)
-        printf(" %d/%d/%d of %d |", r->verdicts[c][VERDICT_FROZEN], r->verdicts[c][VERDICT_NOISE],
-               r->verdicts[c][VERDICT_BLANK], b->batch);
+        printf(" %d/%d/%d/%d of %d |", r->verdicts[c][VERDICT_FROZEN], r->verdicts[c][VERDICT_NOISE],
+               r->verdicts[c][VERDICT_PATCHES], r->verdicts[c][VERDICT_BLANK], b->batch);
     printf(" `%s` | %lld of %lld | %.2f | %.2f | %.3f |", r->ends, (long long)r->bad_windows, (long long)r->windows,
            r->end_difference, r->end_laplacian, r->end_borders);
     if (r->has_memory) {
@@ -761,8 +843,12 @@ typedef enum {
     FEED_WASHED_OUT, /* a fifteenth of the contrast */
     FEED_FADED_RED,  /* red saturates, detail stays */
     FEED_NAN,
+    FEED_PATCHES, /* every latent pixel brighter or darker by up to PATCH_LEVELS */
+    FEED_EDGE,    /* one edge along a line of the grid, as strong */
     NUM_FEEDS
 } feed;
+
+#define PATCH_LEVELS 12
 
 static float uniform(uint32_t a, uint32_t b) {
     const uint32_t counter[4] = {a, b, 0, 0}, key[2] = {7, 11};
@@ -779,10 +865,11 @@ static float blob(uint32_t frame, int channel, int x, int y) {
 }
 
 /* Turns the true frame into what is fed; `first` is the true frame of the walk's start. */
-static void spoil(feed kind, uint32_t frame, const float *first, float *planar, int width, int height) {
-    size_t pixels = (size_t)width * (size_t)height;
+static void spoil(feed kind, uint32_t frame, const float *first, float *planar, const true_view *v) {
+    size_t pixels = (size_t)v->width * (size_t)v->height;
     for (size_t i = 0; i < 3 * pixels; i++) {
-        int channel = (int)(i / pixels), x = (int)(i % pixels) % width, y = (int)(i % pixels) / width;
+        int channel = (int)(i / pixels), x = (int)(i % pixels) % v->width, y = (int)(i % pixels) / v->width;
+        uint32_t patch = (uint32_t)(y / v->patch_height * v->width + x / v->patch_width);
         switch (kind) {
         case FEED_FROZEN: planar[i] = first[i]; break;
         case FEED_NEARLY_FROZEN: planar[i] = first[i] + (uniform(frame, (uint32_t)i) > 0 ? 1 : 0) / 127.5F; break;
@@ -793,6 +880,8 @@ static void spoil(feed kind, uint32_t frame, const float *first, float *planar, 
         case FEED_WASHED_OUT: planar[i] /= 15; break;
         case FEED_FADED_RED: planar[i] = channel == 0 ? 1 - (1 - planar[i]) / 20 : planar[i]; break;
         case FEED_NAN: planar[i] = i == 5 ? (float)NAN : planar[i]; break;
+        case FEED_PATCHES: planar[i] += PATCH_LEVELS / 127.5F * uniform(frame, patch); break;
+        case FEED_EDGE: planar[i] += (y < v->patch_height ? 2 : 0) * PATCH_LEVELS / 127.5F; break;
         default: break;
         }
     }
@@ -816,7 +905,7 @@ static rf_status feed_walk(const true_view *v, const true_bounds *bounds, uint64
         maze_render(&world, v->width, v->height, v->samples, rgb);
         to_planar(rgb, planar, pixels);
         if (i == v->window) memcpy(first, planar, 3 * pixels * sizeof *first);
-        if (i > v->window) spoil(kind, (uint32_t)i, first, planar, v->width, v->height);
+        if (i > v->window) spoil(kind, (uint32_t)i, first, planar, v);
         watch_frame(&w, planar, action != MAZE_NONE, NULL);
         if (i % v->window != 0) continue;
         got[i / v->window - 1] = judge(&w.sums, bounds);
@@ -859,8 +948,9 @@ static int selftest(void) {
         {"true frames", VERDICT_FINE},  {"one frame", VERDICT_FROZEN},    {"one frame with flicker", VERDICT_FROZEN},
         {"white noise", VERDICT_NOISE}, {"static noise", VERDICT_FROZEN}, {"blobs", VERDICT_NOISE},
         {"grey", VERDICT_BLANK},        {"washed out", VERDICT_BLANK},    {"faded to red", VERDICT_NOISE},
-        {"NaN", VERDICT_NOISE}};
-    const true_view view = {.width = 32, .height = 32, .patch_width = 4, .patch_height = 4, .samples = 2, .window = MAX_WINDOW};
+        {"NaN", VERDICT_NOISE},         {"patches", VERDICT_PATCHES},     {"edge on the grid", VERDICT_FINE}};
+    const true_view view = {
+        .width = 32, .height = 32, .patch_width = 4, .patch_height = 4, .samples = 2, .window = MAX_WINDOW};
     const int num_walks = 6;
     true_bounds bounds;
     rf_error err = {0};
@@ -875,8 +965,8 @@ static int selftest(void) {
             counts[got[1]]++;
             ok = expect(got[0] == VERDICT_FINE, "a true window was judged bad") && ok;
         }
-        printf("%-24s fine %d, frozen %d, noise %d, blank %d\n", feeds[kind].name, counts[VERDICT_FINE],
-               counts[VERDICT_FROZEN], counts[VERDICT_NOISE], counts[VERDICT_BLANK]);
+        printf("%-24s fine %d, frozen %d, noise %d, patches %d, blank %d\n", feeds[kind].name, counts[VERDICT_FINE],
+               counts[VERDICT_FROZEN], counts[VERDICT_NOISE], counts[VERDICT_PATCHES], counts[VERDICT_BLANK]);
         ok = expect(counts[feeds[kind].expected] == num_walks, feeds[kind].name) && ok;
     }
     return ok ? 0 : 1;
@@ -915,7 +1005,8 @@ static rf_status allocate(bench *b, rf_error *err) {
     bool ok = b->mazes && b->walks && b->actions && b->watchers && b->marks && b->seeds && b->rows && b->latents &&
               b->frames && b->rendered;
     for (int i = 0; i < b->batch && ok; i++)
-        ok = create_watcher(&b->watchers[i], b->info.frame_width, b->info.frame_height, patch_width(b), patch_height(b));
+        ok =
+            create_watcher(&b->watchers[i], b->info.frame_width, b->info.frame_height, patch_width(b), patch_height(b));
     return ok ? RF_OK : rf_fail(err, RF_ERR_MEMORY, "out of memory for %d rollouts", b->batch);
 }
 
@@ -968,6 +1059,7 @@ static rf_status run_all(bench *b, const char *device, const char *dtype_name, i
                             .samples = RENDER_SAMPLES,
                             .window = b->window};
     RF_TRY(calibrate(&b->bounds, &view, err));
+    RF_TRY(calibrate_borders(b, err));
     print_head(b);
     RF_TRY(run_setting(b, &truth, 0, &true_result, err));
     print_row(truth.name, b, &true_result);
@@ -985,7 +1077,7 @@ static int usage(const char *why) {
             "usage: bench_long_rollouts [--model DIR] [--device cpu|cuda|cuda:N] [--dtype f32|bf16] [-t threads]\n"
             "                           [-b 1..%d] [--frames %d..%d] [--sheet FILE.png] SETTING...\n"
             "       bench_long_rollouts --selftest\n"
-            "SETTING: none, latent-noise or POLICY[:option=value,...], then [@rebuild|@keep|@sinks] "
+            "SETTING: none, decoded, latent-noise or POLICY[:option=value,...], then [@rebuild|@keep|@sinks] "
             "[+carry=off|first|last]\n",
             why, MAX_BATCH, MIN_FRAMES, MAX_FRAMES);
     return 2;
@@ -1001,7 +1093,7 @@ static bool read_int(const char *text, int low, int high, int *out) {
 }
 
 int main(int argc, char **argv) {
-    static bench b = {.model_name = DEFAULT_MODEL, .batch = 16, .num_frames = 2000};
+    static bench b = {.model_name = DEFAULT_MODEL, .batch = 16, .num_frames = 2000, .first_world = 1};
     const char *device = "cpu", *dtype = NULL;
     int threads = 0, code = 0;
     rf_error err = {0};

@@ -5,6 +5,11 @@
 #include "harness.h"
 
 typedef enum { KEYS_ALL, KEYS_IDENTITY, KEYS_PERMUTED, KEYS_DUPLICATES, KEYS_PER_SAMPLE } key_list;
+typedef enum {
+    JOIN_NONE,
+    JOIN_IN_PLACE,
+    JOIN_LISTED
+} join_slots; /* slot i; slots in an order of their own. Some are empty */
 
 typedef struct {
     int64_t batch, q_len, kv_len;
@@ -17,6 +22,10 @@ typedef struct {
     rf_mask mask;
     int block, offset;
     double q_std; /* 0 = 1; large: one key takes all */
+    bool offsets; /* more offset from the device: 5 * (sample + 1) */
+    bool f32_out;
+    bool out_list; /* out rows backwards, from 1, every second */
+    join_slots join;
 } attention_case;
 
 #define ALL(b_, q_, k_, hq_, hkv_, d_)                                                                                 \
@@ -79,19 +88,101 @@ static const attention_case cases[] = {
     /* large logits: no overflow, one key takes all */
     {ALL(1, 64, 200, 2, 2, 72), .q_std = 60},
     {ALL(1, 64, 200, 2, 2, 128), .mask = RF_MASK_CAUSAL, .q_std = 1000},
+    /* few rows against many keys: rows of a key head 1..64 and above, lengths around tiles, head_dim 64 and 128 */
+    {ALL(1, 1, 1, 1, 1, 128)},
+    {ALL(1, 1, 5, 4, 1, 64)},
+    {ALL(1, 1, 63, 8, 2, 128)},
+    {ALL(1, 1, 64, 7, 1, 64)},
+    {ALL(1, 1, 65, 14, 2, 128)},
+    {ALL(2, 1, 1000, 8, 2, 64)},
+    {ALL(1, 1, 4097, 32, 8, 128)},
+    {ALL(1, 1, 4097, 28, 4, 128)},
+    {ALL(1, 4, 65, 8, 2, 128)},
+    {ALL(1, 4, 1024, 16, 4, 128)},
+    {ALL(1, 4, 1000, 7, 1, 64)},
+    {ALL(1, 4, 4097, 2, 2, 64)},
+    {ALL(1, 8, 63, 2, 2, 64)},
+    {ALL(1, 8, 1000, 7, 1, 128)},
+    {ALL(1, 8, 4097, 4, 1, 128)},
+    {ALL(1, 32, 1, 2, 2, 128)},
+    {ALL(1, 32, 64, 4, 4, 64)},
+    {ALL(1, 32, 1024, 4, 4, 128)},
+    {ALL(1, 32, 4097, 2, 2, 128)},
+    {ALL(2, 32, 65, 8, 2, 64)},
+    {ALL(1, 33, 1000, 2, 2, 64)},
+    {ALL(1, 33, 4097, 1, 1, 128)},
+    {ALL(1, 33, 1024, 7, 1, 128)},
+    {ALL(1, 64, 5, 2, 2, 128)},
+    {ALL(1, 64, 1024, 2, 2, 64)},
+    {ALL(1, 64, 4097, 2, 2, 128)},
+    {ALL(1, 64, 1000, 8, 2, 128)},
+    /* more blocks than fit at once, and samples of their own lengths */
+    {ALL(24, 1, 300, 16, 8, 64)},
+    {ALL(3, 1, 4097, 8, 2, 128), .lens = true},
+    {ALL(3, 8, 1024, 4, 1, 64), .lens = true},
+    {ALL(4, 32, 1000, 2, 2, 128), .lens = true},
+    {ALL(4, 64, 257, 2, 2, 64), .lens = true},
+    {ALL(3, 4, 1024, 8, 2, 128), .lens = true, .keys = KEYS_PER_SAMPLE},
+    {ALL(3, 33, 1000, 2, 1, 64), .lens = true, .keys = KEYS_PERMUTED},
+    {ALL(1, 1, 4097, 8, 2, 128), .keys = KEYS_PERMUTED},
+    {ALL(1, 32, 1024, 2, 2, 128), .keys = KEYS_DUPLICATES},
+    {ALL(1, 32, 0, 2, 2, 128)},
+    {ALL(1, 1, 0, 8, 2, 64)},
+    {ALL(1, 32, 2000, 2, 2, 128), .num_ranges = 1, .ranges = {{63, 1500}}},
+    {ALL(1, 4, 2000, 8, 2, 64), .num_ranges = 3, .ranges = {{0, 5}, {64, 1065}, {1131, 2000}}},
+    {ALL(2, 32, 1000, 2, 2, 128), .q_list = true},
+    /* masks of few rows, offsets from the device */
+    {ALL(3, 1, 1000, 8, 2, 128), .mask = RF_MASK_CAUSAL, .offset = 700, .offsets = true},
+    {ALL(1, 32, 1024, 2, 2, 128), .mask = RF_MASK_CAUSAL, .offset = 500},
+    {ALL(2, 33, 400, 4, 1, 64), .mask = RF_MASK_CAUSAL, .offsets = true},
+    {ALL(1, 4, 1000, 8, 2, 128), .mask = RF_MASK_BLOCK_CAUSAL, .block = 4, .offset = 900},
+    {ALL(2, 32, 500, 2, 2, 64), .mask = RF_MASK_BLOCK_CAUSAL, .block = 32, .offset = 320, .offsets = true},
+    {ALL(2, 16, 500, 4, 2, 128), .mask = RF_MASK_CAUSAL, .keys = KEYS_PER_SAMPLE, .q_list = true, .offsets = true},
+    {ALL(1, 16, 500, 4, 2, 64), .mask = RF_MASK_BLOCK_CAUSAL, .block = 8, .keys = KEYS_PERMUTED, .offset = 100},
+    {ALL(3, 8, 300, 4, 2, 64), .mask = RF_MASK_CAUSAL, .lens = true, .offset = 290},
+    {ALL(2, 130, 150, 2, 2, 72), .mask = RF_MASK_CAUSAL, .offsets = true},
+    {ALL(2, 300, 320, 4, 1, 128), .mask = RF_MASK_CAUSAL, .offsets = true, .offset = 3},
+    /* where results go, and what they are joined with */
+    {ALL(1, 32, 1024, 4, 4, 128), .f32_out = true},
+    {ALL(3, 1, 1000, 8, 2, 64), .f32_out = true, .lens = true},
+    {ALL(1, 130, 300, 4, 2, 64), .f32_out = true},
+    {ALL(1, 8, 300, 2, 1, 128), .out_list = true},
+    {ALL(2, 5, 1000, 4, 2, 64), .f32_out = true, .out_list = true, .q_list = true},
+    {ALL(1, 130, 200, 2, 1, 128), .out_list = true, .mask = RF_MASK_CAUSAL},
+    {ALL(1, 32, 32, 4, 4, 128), .join = JOIN_LISTED},
+    {ALL(1, 32, 32, 4, 1, 64), .join = JOIN_LISTED, .f32_out = true},
+    {ALL(1, 8, 0, 2, 1, 128), .join = JOIN_LISTED},
+    {ALL(1, 8, 4097, 2, 1, 128), .join = JOIN_IN_PLACE},
+    {ALL(3, 4, 1000, 8, 2, 64), .join = JOIN_LISTED, .lens = true, .out_list = true},
+    {ALL(1, 130, 200, 2, 2, 64), .join = JOIN_IN_PLACE, .mask = RF_MASK_CAUSAL},
+    {ALL(1, 300, 20, 2, 2, 128), .join = JOIN_LISTED, .out_list = true, .f32_out = true},
 };
 #define NUM_CASES ((int)(sizeof cases / sizeof cases[0]))
 
 static void describe_case(const attention_case *c, char *text, size_t bytes) {
-    snprintf(text, bytes, "b%d hq%d hkv%d q%d kv%d d%d keys %d qlist %d lens %d ranges %d mask %d/%d+%d std %g",
-             (int)c->batch, c->q_heads, c->kv_heads, (int)c->q_len, (int)c->kv_len, c->d, (int)c->keys, c->q_list,
-             c->lens, c->num_ranges, (int)c->mask, c->block, c->offset, c->q_std);
+    snprintf(
+        text, bytes,
+        "b%d hq%d hkv%d q%d kv%d d%d keys %d qlist %d lens %d ranges %d mask %d/%d+%d(%d) std %g f32 %d outlist %d "
+        "join %d",
+        (int)c->batch, c->q_heads, c->kv_heads, (int)c->q_len, (int)c->kv_len, c->d, (int)c->keys, c->q_list, c->lens,
+        c->num_ranges, (int)c->mask, c->block, c->offset, c->offsets, c->q_std, c->f32_out, c->out_list, (int)c->join);
 }
 
 static bool key_visible(const attention_case *c, int64_t q_pos, int64_t key_pos) {
     if (c->mask == RF_MASK_CAUSAL) return key_pos <= q_pos;
     if (c->mask == RF_MASK_BLOCK_CAUSAL) return key_pos < (q_pos / c->block + 1) * c->block;
     return true;
+}
+
+/* expect_abs, and NaN in want says that the element must still be the poison. */
+static void expect_lse(operand *got, const double *want, double bound, const char *text) {
+    op_download(got);
+    for (size_t i = 0; i < got->num; i++) {
+        double g = got->host[i];
+        bool fine = isnan(want[i]) ? isnan(g) : g == want[i] || fabs(g - want[i]) <= bound;
+        if (!fine)
+            ck_abort_msg("attention lse [%s]: element %zu is %.9g, want %.9g (bound %.3g)", text, i, g, want[i], bound);
+    }
 }
 
 /* kernel: which to force; false if it cannot run here. */
@@ -104,14 +195,42 @@ static bool run_case(const attention_case *c, rf_dtype dtype, rf_attention_kerne
     operand q = op_normal(dtype, (size_t)(c->batch * q_src * hq * d), 0, q_std);
     operand k = op_normal(dtype, (size_t)(c->batch * kv_src * hkv * d), 0, 1);
     operand v = op_normal(dtype, (size_t)(c->batch * kv_src * hkv * d), 0.3, 1);
-    operand out = op_poison(dtype, (size_t)(c->batch * c->q_len * hq * d));
-    operand lse = op_poison(RF_DTYPE_F32, (size_t)(c->batch * hq * c->q_len));
+    int64_t out_src = c->out_list ? 2 * c->q_len + 1 : c->q_len, num_slots = 2 * c->batch * c->q_len + 3;
+    rf_dtype out_dtype = c->f32_out ? RF_DTYPE_F32 : dtype;
+    operand out = op_poison(out_dtype, (size_t)(c->batch * out_src * hq * d));
+    operand lse = op_poison(RF_DTYPE_F32, (size_t)(c->batch * hq * out_src));
 
-    int32_t *q_rows = NULL, *kv_rows = NULL, *lens = NULL;
+    int32_t *q_rows = NULL, *kv_rows = NULL, *lens = NULL, *out_rows = NULL, *join_rows = NULL, *offsets = NULL;
     size_t num_lists = c->keys == KEYS_PER_SAMPLE ? (size_t)c->batch : 1;
     if (c->q_list) {
-        q_rows = (int32_t *)host_doubles((size_t)c->q_len);
-        for (int64_t i = 0; i < c->q_len; i++) q_rows[i] = (int32_t)(3 * (c->q_len - 1 - i) + 1);
+        q_rows = (int32_t *)host_doubles((size_t)(c->batch * c->q_len));
+        for (int64_t i = 0; i < c->batch * c->q_len; i++) q_rows[i] = (int32_t)(3 * (c->q_len - 1 - i % c->q_len) + 1);
+    }
+    if (c->out_list) {
+        out_rows = (int32_t *)host_doubles((size_t)(c->batch * c->q_len));
+        for (int64_t i = 0; i < c->batch * c->q_len; i++)
+            out_rows[i] = (int32_t)(2 * (c->q_len - 1 - i % c->q_len) + 1);
+    }
+    if (c->join == JOIN_LISTED) {
+        join_rows = (int32_t *)host_doubles((size_t)num_slots);
+        random_permutation(join_rows, (int)num_slots, 5);
+    }
+    if (c->offsets) {
+        offsets = (int32_t *)host_doubles((size_t)c->batch);
+        for (int64_t b = 0; b < c->batch; b++) offsets[b] = (int32_t)(5 * (b + 1));
+    }
+    operand join_out = {0}, join_lse = {0};
+    if (c->join != JOIN_NONE) {
+        join_out = op_normal(RF_DTYPE_F32, (size_t)(num_slots * hq * d), 0.5, 1);
+        join_lse = op_normal(RF_DTYPE_F32, (size_t)(hq * num_slots), log((double)c->kv_len + 1), 1);
+        for (int64_t i = 0; i < hq * num_slots; i++)
+            if (i % 5 == 2) join_lse.host[i] = -INFINITY;
+        for (int64_t r = 0; r < num_slots; r++) /* an empty slot may hold anything */
+            for (int64_t h = 0; h < hq; h++)
+                for (int64_t e = 0; e < d; e++)
+                    if (isinf(join_lse.host[h * num_slots + r])) join_out.host[(r * hq + h) * d + e] = NAN;
+        op_upload(&join_out);
+        op_upload(&join_lse);
     }
     if (c->keys != KEYS_ALL) {
         kv_rows = (int32_t *)host_doubles(num_lists * (size_t)c->kv_len + (size_t)kv_src);
@@ -153,7 +272,7 @@ static bool run_case(const attention_case *c, rf_dtype dtype, rf_attention_kerne
         .kv_batch_stride = kv_src * hkv * d,
         .kv_row_stride = hkv * d,
         .kv_head_stride = d,
-        .out_batch_stride = c->q_len * hq * d,
+        .out_batch_stride = out_src * hq * d,
         .out_row_stride = hq * d,
         .out_head_stride = d,
         .softmax_scale = (float)(1 / sqrt((double)d)),
@@ -161,10 +280,20 @@ static bool run_case(const attention_case *c, rf_dtype dtype, rf_attention_kerne
         .mask = c->mask,
         .causal_block = c->block,
         .q_pos_offset = c->offset,
+        .out_is_f32 = c->f32_out,
+        .lse_slots = c->out_list ? out_src : 0,
+        .join_out = join_out.dev,
+        .join_lse = join_lse.dev,
+        .join_slots = c->join != JOIN_NONE ? num_slots : 0,
         .kernel = kernel,
     };
     memcpy(a.ranges, c->ranges, sizeof a.ranges);
-    if (q_rows) a.q_rows = dev_i32(q_rows, (size_t)c->q_len);
+    a.q_batch_stride_rows =
+        c->join == JOIN_LISTED || c->batch % 2 == 0 ? c->q_len : 0; /* lists repeat, but for the slots */
+    if (q_rows) a.q_rows = dev_i32(q_rows, (size_t)(c->batch * c->q_len));
+    if (out_rows) a.out_rows = dev_i32(out_rows, (size_t)(c->batch * c->q_len));
+    if (join_rows) a.join_rows = dev_i32(join_rows, (size_t)(c->batch * c->q_len));
+    if (offsets) a.q_pos_offsets = dev_i32(offsets, (size_t)c->batch);
     if (kv_rows) a.kv_rows = dev_i32(kv_rows, num_lists * (size_t)c->kv_len);
     a.kv_batch_stride_rows = num_lists > 1 ? c->kv_len : 0;
     if (lens) a.kv_lens = dev_i32(lens, (size_t)c->batch);
@@ -186,6 +315,8 @@ static bool run_case(const attention_case *c, rf_dtype dtype, rf_attention_kerne
     expect_ok(ops->attention(test_stream(), &a, &err));
 
     double *want = host_doubles(out.num), *want_lse = host_doubles(lse.num);
+    for (size_t i = 0; i < out.num; i++) want[i] = NAN;
+    for (size_t i = 0; i < lse.num; i++) want_lse[i] = NAN;
     double *score = host_doubles((size_t)c->kv_len + 1);
     int32_t *row_of = (int32_t *)host_doubles((size_t)c->kv_len + 1);
     for (int64_t b = 0; b < c->batch; b++) {
@@ -199,7 +330,8 @@ static bool run_case(const attention_case *c, rf_dtype dtype, rf_attention_kerne
                     int64_t row = kv_rows ? kv_rows[(num_lists > 1 ? b * c->kv_len : 0) + j] : j;
                     bool in = c->num_ranges == 0;
                     for (int r = 0; r < c->num_ranges; r++) in |= row >= c->ranges[r].begin && row < c->ranges[r].end;
-                    if (in && key_visible(c, q_row + c->offset, row)) row_of[num++] = (int32_t)row;
+                    if (in && key_visible(c, q_row + c->offset + (offsets ? offsets[b] : 0), row))
+                        row_of[num++] = (int32_t)row;
                 }
                 double top = -INFINITY, sum = 0;
                 for (int64_t j = 0; j < num; j++) {
@@ -210,12 +342,25 @@ static bool run_case(const attention_case *c, rf_dtype dtype, rf_attention_kerne
                     top = fmax(top, score[j]);
                 }
                 for (int64_t j = 0; j < num; j++) sum += score[j] = exp(score[j] - top);
-                double *o = want + ((b * c->q_len + i) * hq + h) * d;
+                int64_t out_row = out_rows ? out_rows[i] : i;
+                double *o = want + ((b * out_src + out_row) * hq + h) * d, value = num ? top + log(sum) : -INFINITY;
+                for (int64_t e = 0; e < d; e++) o[e] = 0;
                 for (int64_t j = 0; j < num; j++) {
                     const float *vj = v.host + (b * kv_src + row_of[j]) * hkv * d + hk * d;
                     for (int64_t e = 0; e < d; e++) o[e] += score[j] / sum * (double)vj[e];
                 }
-                want_lse[(b * hq + h) * c->q_len + i] = num ? top + log(sum) : -INFINITY;
+                if (c->join != JOIN_NONE) {
+                    int64_t slot = join_rows ? join_rows[b * c->q_len + i] : i;
+                    double kept = join_lse.host[h * num_slots + slot], high = fmax(value, kept);
+                    double mine = isinf(value) ? 0 : exp(value - high), other = isinf(kept) ? 0 : exp(kept - high);
+                    const float *y = join_out.host + (slot * hq + h) * d;
+                    for (int64_t e = 0; e < d; e++)
+                        o[e] = mine + other > 0
+                                   ? (mine * o[e] + (other > 0 ? other * (double)y[e] : 0)) / (mine + other)
+                                   : 0;
+                    value = mine + other > 0 ? high + log(mine + other) : -INFINITY;
+                }
+                want_lse[(b * hq + h) * out_src + out_row] = value;
             }
         }
     }
@@ -225,10 +370,10 @@ static bool run_case(const attention_case *c, rf_dtype dtype, rf_attention_kerne
     double logit = q_std;
     double bound = dtype_bound(dtype) + 5e-7 * (logit - 1), lse_bound = dtype == RF_DTYPE_F32 ? 1e-5 : 1e-3;
     expect_close(&out, want, bound, "attention", "%s", text);
-    expect_abs(&lse, want_lse, lse_bound * logit, "attention lse", "%s", text);
+    expect_lse(&lse, want_lse, lse_bound * logit, text);
 
     /* Without LSE: the same output. */
-    operand again = op_poison(dtype, out.num);
+    operand again = op_poison(out_dtype, out.num);
     a.out = again.dev;
     a.lse = NULL;
     expect_ok(ops->attention(test_stream(), &a, &err));
@@ -255,6 +400,16 @@ static int num_wgmma_runs;
 START_TEST(wgmma_kernel_matches_double) {
     if (run_case(&cases[_i], RF_DTYPE_BF16, RF_ATTENTION_WGMMA)) num_wgmma_runs++;
     if (_i == NUM_CASES - 1) printf("forced wgmma ran %d of %d cases\n", num_wgmma_runs, NUM_CASES);
+}
+END_TEST
+
+static int num_decode_runs;
+START_TEST(decode_kernel_matches_double) {
+    if (run_case(&cases[_i], RF_DTYPE_BF16, RF_ATTENTION_DECODE)) num_decode_runs++;
+    if (_i == NUM_CASES - 1) {
+        printf("forced decode ran %d of %d cases\n", num_decode_runs, NUM_CASES);
+        ck_assert_int_gt(num_decode_runs, NUM_CASES / 2);
+    }
 }
 END_TEST
 
@@ -292,29 +447,65 @@ END_TEST
 /* Rows past every query's limit and past kv_lens may hold NaN: they are not read into the result. */
 START_TEST(unseen_keys_may_hold_anything) {
     rf_dtype dtype = test_dtype(_i);
-    enum { Q = 20, KV = 200, D = 64 };
-    operand q = op_normal(dtype, Q * D, 0, 1), k = op_normal(dtype, KV * D, 0, 1), v = op_normal(dtype, KV * D, 0, 1);
-    operand k_bad = op_clone(&k), v_bad = op_clone(&v), good = op_poison(dtype, Q * D), out = op_poison(dtype, Q * D);
-    const int32_t len = 90;
-    for (int i = 90 * D; i < KV * D; i++) k_bad.host[i] = v_bad.host[i] = NAN;
+    enum { KV = 400, D = 64, LEN = 290 };
+    operand k = op_normal(dtype, KV * D, 0, 1), v = op_normal(dtype, KV * D, 0, 1);
+    operand k_bad = op_clone(&k), v_bad = op_clone(&v);
+    const int32_t len = LEN;
+    int32_t rows[KV];
+    random_permutation(rows, KV, 3);
+    for (int i = LEN * D; i < KV * D; i++) k_bad.host[i] = v_bad.host[i] = NAN;
     op_upload(&k_bad);
     op_upload(&v_bad);
-    rf_attention_args a = rf_attention_args_packed(dtype, 1, Q, 1, D, NULL, NULL);
-    a.q_row_stride = a.kv_row_stride = a.out_row_stride = D;
-    a.kv_len = KV;
-    a.q = q.dev;
-    a.k = k.dev;
-    a.v = v.dev;
-    a.out = good.dev;
-    a.kv_lens = dev_i32(&len, 1);
-    a.workspace_bytes = test_ops()->attention_workspace(test_backend(), &a);
-    a.workspace = dev_bytes(a.workspace_bytes);
-    expect_ok(test_ops()->attention(test_stream(), &a, &err));
-    a.k = k_bad.dev;
-    a.v = v_bad.dev;
-    a.out = out.dev;
-    expect_ok(test_ops()->attention(test_stream(), &a, &err));
-    expect_same_bits(&good, &out, "attention", "NaN past kv_lens");
+    const rf_attention_kernel kernels[] = {RF_ATTENTION_AUTO, RF_ATTENTION_MMA, RF_ATTENTION_DECODE};
+    const int q_lens[] = {1, 20, 100, 257};
+    int runs = 0;
+    for (size_t n = 0; n < 4; n++) {
+        int q_len = q_lens[n];
+        operand q = op_normal(dtype, (size_t)(q_len * D), 0, 1);
+        for (int how = 0; how < 5; how++) { /* kv_lens; causal; block-causal; causal over a list; causal over ranges */
+            for (size_t kernel = 0; kernel < 3; kernel++) {
+                if (how > 0 && q_len > LEN) continue;
+                operand good = op_poison(dtype, (size_t)(q_len * D)), out = op_poison(dtype, (size_t)(q_len * D));
+                rf_attention_args a = rf_attention_args_packed(dtype, 1, q_len, 1, D, NULL, NULL);
+                a.q_row_stride = a.kv_row_stride = a.out_row_stride = D;
+                a.kv_len = KV;
+                a.q = q.dev;
+                a.k = k.dev;
+                a.v = v.dev;
+                a.out = good.dev;
+                a.kernel = kernels[kernel];
+                if (how == 0) a.kv_lens = dev_i32(&len, 1);
+                if (how > 0) {
+                    a.mask = how == 2 ? RF_MASK_BLOCK_CAUSAL : RF_MASK_CAUSAL;
+                    a.causal_block = 10;
+                    a.q_pos_offset = LEN - q_len;
+                }
+                if (how == 3) a.kv_rows = dev_i32(rows, KV);
+                if (how == 4) {
+                    a.num_ranges = 2;
+                    a.ranges[0] = (rf_key_range){3, 40};
+                    a.ranges[1] = (rf_key_range){100, KV};
+                }
+                rf_error why = {0};
+                if (a.kernel != RF_ATTENTION_AUTO && test_ops()->attention(NULL, &a, &why) != RF_OK) continue;
+                /* its lists of keys are loaded as they are */
+                if (a.kernel == RF_ATTENTION_MMA && how >= 3) continue;
+                if (a.kernel == RF_ATTENTION_AUTO && how >= 3 && test_is_cuda() && dtype == RF_DTYPE_BF16 && q_len > 64)
+                    continue;
+                a.workspace_bytes = test_ops()->attention_workspace(test_backend(), &a);
+                a.workspace = dev_bytes(a.workspace_bytes);
+                expect_ok(test_ops()->attention(test_stream(), &a, &err));
+                a.k = k_bad.dev;
+                a.v = v_bad.dev;
+                a.out = out.dev;
+                expect_ok(test_ops()->attention(test_stream(), &a, &err));
+                expect_same_bits(&good, &out, "attention", "NaN past the last key, %d queries, case %d, kernel %d",
+                                 q_len, how, (int)a.kernel);
+                runs++;
+            }
+        }
+    }
+    ck_assert_int_ge(runs, 12);
 }
 END_TEST
 
@@ -471,6 +662,145 @@ START_TEST(merge_matches_double_with_empty_sides_and_f32_cache) {
 }
 END_TEST
 
+/* Side a out of a plane of slots, side b in f32: the joined attention in two steps, with one rounding. */
+START_TEST(merge_takes_slots) {
+    rf_dtype dtype = test_dtype(_i);
+    enum { R = 21, H = 3, D = 64, S = 50 };
+    operand a = op_normal(RF_DTYPE_F32, S * H * D, 0, 1), b = op_normal(RF_DTYPE_F32, R * H * D, 0, 1);
+    operand la = op_normal(RF_DTYPE_F32, H * S, 0, 2), lb = op_normal(RF_DTYPE_F32, H * R, 0, 2);
+    int32_t slots[S];
+    random_permutation(slots, S, 9);
+    for (int i = 0; i < H * S; i += 4) la.host[i] = -INFINITY;
+    for (int i = 0; i < H * R; i += 6) lb.host[i] = -INFINITY;
+    op_upload(&la);
+    op_upload(&lb);
+    for (int half = 0; half < 2; half++) { /* b in f32, then in dtype */
+        operand b_side = half ? op_poison(dtype, R * H * D) : b;
+        if (half) {
+            memcpy(b_side.host, b.host, R * H * D * sizeof(float));
+            op_upload(&b_side);
+            op_download(&b_side); /* rounded */
+        }
+        operand out = op_poison(dtype, R * H * D), lse = op_poison(RF_DTYPE_F32, H * R);
+        rf_attention_merge_args m = {.out_a = a.dev,
+                                     .out_b = b_side.dev,
+                                     .lse_a = la.dev,
+                                     .lse_b = lb.dev,
+                                     .out = out.dev,
+                                     .lse = lse.dev,
+                                     .out_a_dtype = RF_DTYPE_F32,
+                                     .dtype = dtype,
+                                     .out_b_is_f32 = !half,
+                                     .rows = R,
+                                     .num_heads = H,
+                                     .head_dim = D,
+                                     .slots = dev_i32(slots, R),
+                                     .num_slots = S};
+        expect_ok(test_ops()->attention_merge(NULL, &m, &err));
+        expect_ok(test_ops()->attention_merge(test_stream(), &m, &err));
+        double *want = host_doubles(out.num), *want_lse = host_doubles(lse.num);
+        for (int h = 0; h < H; h++) {
+            for (int r = 0; r < R; r++) {
+                double x = la.host[h * S + slots[r]], y = lb.host[h * R + r], top = fmax(x, y);
+                double wa = isinf(x) ? 0 : exp(x - top), wb = isinf(y) ? 0 : exp(y - top);
+                want_lse[h * R + r] = wa + wb > 0 ? top + log(wa + wb) : -INFINITY;
+                for (int e = 0; e < D; e++)
+                    want[(r * H + h) * D + e] = wa + wb > 0 ? (wa * (double)a.host[(slots[r] * H + h) * D + e] +
+                                                               wb * (double)b_side.host[(r * H + h) * D + e]) /
+                                                                  (wa + wb)
+                                                            : 0;
+            }
+        }
+        expect_close(&out, want, dtype_bound(dtype), "attention_merge", "slots, b %s", half ? "in dtype" : "f32");
+        expect_abs(&lse, want_lse, 1e-5, "attention_merge lse", "slots");
+        m.out = (void *)m.out_a;
+        if (dtype == RF_DTYPE_F32) expect_status(test_ops()->attention_merge(test_stream(), &m, &err), RF_ERR_ARGUMENT);
+        m.out = out.dev;
+        m.num_slots = 0;
+        expect_status(test_ops()->attention_merge(NULL, &m, &err), RF_ERR_SHAPE);
+    }
+}
+END_TEST
+
+/* FlashBlock: outside attention kept in slots, then the inside joined with it, is attention over everything; a row that is not
+ * fresh keeps what its slot held. */
+START_TEST(kept_outside_attention_joins_the_inside) {
+    rf_dtype dtype = test_dtype(_i);
+    enum { HQ = 8, HKV = 2, D = 128, B = 32, KV = 1200, FROM = 1100, SLOTS = B + 1 };
+    operand q = op_normal(dtype, B * HQ * D, 0, 1), k = op_normal(dtype, KV * HKV * D, 0, 1);
+    operand v = op_normal(dtype, KV * HKV * D, 0.3, 1);
+    operand whole = op_poison(dtype, B * HQ * D), whole_lse = op_poison(RF_DTYPE_F32, HQ * B);
+    operand kept = op_poison(RF_DTYPE_F32, SLOTS * HQ * D), kept_lse = op_poison(RF_DTYPE_F32, HQ * SLOTS);
+    operand out = op_poison(dtype, B * HQ * D), lse = op_poison(RF_DTYPE_F32, HQ * B);
+    int32_t slots[B], odd[B / 2], odd_slots[B / 2], even[B / 2], even_slots[B / 2];
+    for (int i = 0; i < B; i++) slots[i] = (i * 7 + 3) % B;
+    for (int i = 0; i < B / 2; i++) {
+        even[i] = 2 * i;
+        odd[i] = 2 * i + 1;
+        even_slots[i] = slots[2 * i];
+        odd_slots[i] = slots[2 * i + 1];
+    }
+    rf_attention_args a = rf_attention_args_packed(dtype, 1, B, HQ, D, NULL, whole.dev);
+    a.num_kv_heads = HKV;
+    a.q = q.dev;
+    a.k = k.dev;
+    a.v = v.dev;
+    a.kv_len = KV;
+    a.q_row_stride = HQ * D;
+    a.kv_row_stride = HKV * D;
+    a.lse = whole_lse.dev;
+    a.workspace_bytes = test_ops()->attention_workspace(test_backend(), &a);
+    a.workspace = dev_bytes(a.workspace_bytes);
+    expect_ok(test_ops()->attention(test_stream(), &a, &err));
+    for (int part = 0; part < 2; part++) { /* two passes with half of the rows fresh in each */
+        rf_attention_args x = a;
+        x.q_len = B / 2;
+        x.q_rows = dev_i32(part ? odd : even, B / 2);
+        x.out = kept.dev;
+        x.lse = kept_lse.dev;
+        x.out_is_f32 = true;
+        x.out_rows = dev_i32(part ? odd_slots : even_slots, B / 2);
+        x.lse_slots = SLOTS;
+        x.num_ranges = 1;
+        x.ranges[0] = (rf_key_range){0, FROM};
+        x.workspace_bytes = test_ops()->attention_workspace(test_backend(), &x);
+        x.workspace = dev_bytes(x.workspace_bytes);
+        expect_ok(test_ops()->attention(test_stream(), &x, &err));
+    }
+    rf_attention_args y = a;
+    y.out = out.dev;
+    y.lse = lse.dev;
+    y.num_ranges = 1;
+    y.ranges[0] = (rf_key_range){FROM, KV};
+    y.join_out = kept.dev;
+    y.join_lse = kept_lse.dev;
+    y.join_rows = dev_i32(slots, B);
+    y.join_slots = SLOTS;
+    y.workspace_bytes = test_ops()->attention_workspace(test_backend(), &y);
+    y.workspace = dev_bytes(y.workspace_bytes);
+    expect_ok(test_ops()->attention(test_stream(), &y, &err));
+    op_download(&whole);
+    op_download(&whole_lse);
+    double *want = host_doubles(whole.num), *want_lse = host_doubles(whole_lse.num);
+    for (size_t i = 0; i < whole.num; i++) want[i] = whole.host[i];
+    for (size_t i = 0; i < whole_lse.num; i++) want_lse[i] = whole_lse.host[i];
+    expect_close(&out, want, dtype_bound(dtype), "attention", "kept outside, joined inside");
+    expect_abs(&lse, want_lse, dtype == RF_DTYPE_F32 ? 1e-5 : 1e-3, "attention lse", "kept outside, joined inside");
+    op_download(&kept_lse);
+    for (int h = 0; h < HQ; h++) ck_assert(isnan(kept_lse.host[h * SLOTS + B])); /* nobody's slot */
+
+    /* The same bits every time, whatever the workspace held. */
+    operand again = op_poison(dtype, B * HQ * D);
+    a.out = again.dev;
+    a.lse = NULL;
+    a.workspace = dev_bytes(a.workspace_bytes);
+    for (int run = 0; run < 5; run++) {
+        expect_ok(test_ops()->attention(test_stream(), &a, &err));
+        expect_same_bits(&again, &whole, "attention", "again");
+    }
+}
+END_TEST
+
 /* ---- softmax ---- */
 
 START_TEST(softmax_matches_double) {
@@ -552,12 +882,23 @@ START_TEST(bad_arguments_are_refused_at_plan_time) {
     REFUSED((a.mask = RF_MASK_CAUSAL, a.q_pos_offset = -1), RF_ERR_ARGUMENT);
     REFUSED(a.softmax_scale = NAN, RF_ERR_ARGUMENT);
     REFUSED(a.kernel = (rf_attention_kernel)7, RF_ERR_ARGUMENT);
+    float plane[4];
+    REFUSED((a.out_rows = some, a.lse = plane), RF_ERR_SHAPE);
+    REFUSED(a.lse_slots = 65, RF_ERR_ARGUMENT);
+    REFUSED(a.lse_slots = -1, RF_ERR_SHAPE);
+    REFUSED(a.join_rows = some, RF_ERR_ARGUMENT);
+    REFUSED((a.join_out = plane, a.join_rows = some, a.join_slots = 9), RF_ERR_ARGUMENT);
+    REFUSED((a.join_lse = plane, a.join_rows = some, a.join_slots = 9), RF_ERR_ARGUMENT);
+    REFUSED((a.join_out = plane, a.join_lse = plane, a.join_slots = 128), RF_ERR_ARGUMENT); /* two samples, one list */
+    REFUSED((a.join_out = plane, a.join_lse = plane, a.join_rows = some), RF_ERR_SHAPE);
+    REFUSED((a.batch = 1, a.join_out = plane, a.join_lse = plane, a.join_slots = 63), RF_ERR_SHAPE);
     REFUSED(a.dtype = RF_DTYPE_F16, RF_ERR_DTYPE);
     REFUSED(a.dtype = RF_DTYPE_I64, RF_ERR_DTYPE);
     if (!test_is_cuda()) {
         REFUSED(a.dtype = RF_DTYPE_BF16, RF_ERR_DTYPE);
         REFUSED(a.kernel = RF_ATTENTION_MMA, RF_ERR_UNSUPPORTED);
         REFUSED(a.kernel = RF_ATTENTION_WGMMA, RF_ERR_UNSUPPORTED);
+        REFUSED(a.kernel = RF_ATTENTION_DECODE, RF_ERR_UNSUPPORTED);
     }
 #undef REFUSED
     expect_status(ops->attention(NULL, NULL, &err), RF_ERR_ARGUMENT);
@@ -603,6 +944,8 @@ START_TEST(a_small_workspace_is_refused) {
     a.kv_row_stride = 64;
     size_t need = test_ops()->attention_workspace(test_backend(), &a);
     if (need == 0) return; /* this backend does without */
+    /* the decode kernel joins the parts of this shape in shared memory; the size asked for serves all kernels */
+    if (rf_backend_get_kind(test_backend()) == RF_BACKEND_CUDA && dtype == RF_DTYPE_BF16) a.kernel = RF_ATTENTION_MMA;
     a.workspace = dev_bytes(need);
     a.workspace_bytes = need - 1;
     expect_status(test_ops()->attention(test_stream(), &a, &err), RF_ERR_WORKSPACE);
@@ -631,6 +974,7 @@ int main(void) {
         tcase_add_loop_test(tc, matches_double_in_bf16, 0, NUM_CASES);
         tcase_add_loop_test(tc, mma_kernel_matches_double, 0, NUM_CASES);
         tcase_add_loop_test(tc, wgmma_kernel_matches_double, 0, NUM_CASES);
+        tcase_add_loop_test(tc, decode_kernel_matches_double, 0, NUM_CASES);
     }
     add_for_dtypes(tc, packed_rows_match_double);
     add_for_dtypes(tc, unseen_keys_may_hold_anything);
@@ -638,6 +982,8 @@ int main(void) {
     tc = kernel_tcase(suite, "merge and softmax");
     add_for_dtypes(tc, merge_of_two_parts_equals_the_whole);
     add_for_dtypes(tc, merge_matches_double_with_empty_sides_and_f32_cache);
+    add_for_dtypes(tc, merge_takes_slots);
+    add_for_dtypes(tc, kept_outside_attention_joins_the_inside);
     add_for_dtypes(tc, softmax_matches_double);
     tc = kernel_tcase(suite, "arguments");
     add_for_dtypes(tc, bad_arguments_are_refused_at_plan_time);

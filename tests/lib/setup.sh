@@ -35,6 +35,8 @@ missing_packages() {
                 have_pkg libcjson || printf 'libcjson-dev '
                 have_header stb/stb_image.h || printf 'libstb-dev '
                 have_header zlib.h || printf 'zlib1g-dev '
+                have_pkg libpcre2-8 || printf 'libpcre2-dev '
+                have_pkg libutf8proc || printf 'libutf8proc-dev '
                 ;;
             video)
                 have_ffmpeg || printf 'libavcodec-dev libavformat-dev libswscale-dev libavutil-dev '

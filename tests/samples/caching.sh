@@ -23,7 +23,7 @@ accepted "policies --json" policies --json
 num_policies=$(value out '#')
 check "policies --json: many" [ "$num_policies" -ge 19 ]
 for ((i = 0; i < num_policies; i++)); do
-    check "policy $i: family" [ "$(value out $i family)" = feature ]
+    check "policy $i: family" grep -qE "^(feature|row)$" <(value out $i family)
     check "policy $i: five keys" [ "$(value out $i '#')" = 5 ]
     for key in name level paper; do check "policy $i: $key" [ -n "$(value out $i $key)" ]; done
     check "policy $i: options" [ -n "$(value out $i options '#')" ]
@@ -33,7 +33,7 @@ check "policies NAME --json: one" [ "$(value out '#')" = 1 ]
 check "policies NAME --json: option" [ "$(value out 0 options 0 name)" = p_stable ]
 for key in type default min max choices; do check "option: $key" [ -n "$(value out 0 options 0 $key)" ]; done
 accepted "policies --json again" policies --json
-names=$(for ((i = 0; i < num_policies; i++)); do value out $i name; done)
+names=$(for ((i = 0; i < num_policies; i++)); do [ "$(value out $i family)" = row ] || value out $i name; done)
 accepted "policies --help" policies --help
 check "policies --help" has out "default"
 refused "policy that is not there" 2 "worldcach|did you mean 'worldcache'|taylorseer" policies worldcach

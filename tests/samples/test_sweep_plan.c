@@ -184,6 +184,85 @@ START_TEST(worlds) {
 }
 END_TEST
 
+static void expect_text(const char *specs, const char *const *keys) {
+    rf_error err = {0};
+    sweep_plan plan = {0};
+    rf_assert_ok(sweep_plan_add_text_list(&plan, specs, false, &err), err);
+    int num = 0;
+    for (; keys[num]; num++) {
+        ck_assert_msg(num < plan.num, "%s: %d settings, expected '%s' too", specs, plan.num, keys[num]);
+        char shown[256];
+        snprintf(shown, sizeof shown, "%s|%s|%s", plan.items[num].policy, plan.items[num].options,
+                 plan.items[num].decode ? plan.items[num].decode : "");
+        ck_assert_str_eq(shown, keys[num]);
+    }
+    ck_assert_int_eq(plan.num, num);
+    sweep_plan_free(&plan);
+}
+#define EXPECT_TEXT(specs, ...) expect_text(specs, (const char *const[]){__VA_ARGS__, NULL})
+
+/* Row policies with settings of decoding behind them, and lists of specs whose values have commas too. */
+START_TEST(specs_of_text) {
+    EXPECT_TEXT("none", "none||");
+    EXPECT_TEXT("none,dual,window:refresh=16,elastic", "none||", "dual||", "window|refresh=16|", "elastic||");
+    EXPECT_TEXT("window:refresh=16,32,dual", "window|refresh=16|", "window|refresh=32|", "dual||");
+    EXPECT_TEXT("dual+commit=threshold+threshold=0.8,0.9",
+                "dual|+commit=threshold+threshold=0.8|commit=threshold+threshold=0.8",
+                "dual|+commit=threshold+threshold=0.9|commit=threshold+threshold=0.9");
+    EXPECT_TEXT("none+steps=8..16/2,none", "none|+steps=8|steps=8", "none|+steps=16|steps=16", "none||");
+    EXPECT_TEXT("window:refresh=8;active=4+end=fill", "window|refresh=8;active=4+end=fill|end=fill");
+    static const struct {
+        const char *spec, *message;
+    } wrong[] = {
+        {"teacache", "keeps features of diffusion transformers"},
+        {"duall", "did you mean 'dual'"},
+        {"none:steps=3", "`none` has no options"},
+        {"dual+commit", "expected OPTION=VALUES"},
+        {"dual+comit=topn", "character 6: no such setting"},
+        {"dual+commit=tpn", "character 13: commit: no 'tpn'"},
+        {"dual+threshold=2", "expected 0..1, found 2"},
+        {"dual+steps=4+steps=8", "the option stands twice"},
+        {"window:refrsh=3+end=fill", "did you mean 'refresh'"},
+        {"dual+steps=2.5", "found '2.5'"},
+    };
+    for (size_t i = 0; i < sizeof wrong / sizeof wrong[0]; i++) {
+        rf_error err = {0};
+        sweep_plan plan = {0};
+        ck_assert_msg(sweep_plan_add_text(&plan, wrong[i].spec, false, &err) == RF_ERR_ARGUMENT, "%s", wrong[i].spec);
+        ck_assert_msg(strstr(err.message, wrong[i].message) != NULL, "%s: %s", wrong[i].spec, err.message);
+        sweep_plan_free(&plan);
+    }
+    rf_error err = {0};
+    sweep_plan plan = {0};
+    ck_assert_int_eq(sweep_plan_add(&plan, "dual", &err), RF_ERR_ARGUMENT); /* of images */
+    sweep_plan_free(&plan);
+}
+END_TEST
+
+START_TEST(text_lists_fit_the_registry) {
+    rf_error err = {0};
+    for (int blocks = 0; blocks < 2; blocks++) {
+        sweep_plan plan = {0};
+        int summed = 0;
+        rf_assert_ok(sweep_plan_add_text(&plan, "all", blocks, &err), err);
+        for (int i = 0; i < rf_row_policy_count(); i++) {
+            int num = 0;
+            for (int j = 0; j < plan.num; j++) num += strcmp(plan.items[j].policy, rf_row_policy_at(i)->name) == 0;
+            ck_assert_msg(blocks ? num == 0 : num >= 2, "%s has %d settings", rf_row_policy_at(i)->name, num);
+        }
+        for (int i = 0; sweep_builtin_text_spec(i, blocks); i++) {
+            sweep_plan one = {0};
+            rf_assert_ok(sweep_plan_add_text(&one, sweep_builtin_text_spec(i, blocks), blocks, &err), err);
+            summed += one.num;
+            sweep_plan_free(&one);
+        }
+        ck_assert_str_eq(plan.items[0].key, "none:");
+        ck_assert_int_eq(plan.num, summed); /* none is there twice */
+        sweep_plan_free(&plan);
+    }
+}
+END_TEST
+
 START_TEST(fewer_steps) {
     rf_error err = {0};
     sweep_plan plan = {0};
@@ -403,6 +482,8 @@ int main(void) {
     tcase_add_test(specs, wrong_specs_name_the_place);
     tcase_add_test(specs, builtin_list_fits_the_registry);
     tcase_add_test(specs, worlds);
+    tcase_add_test(specs, specs_of_text);
+    tcase_add_test(specs, text_lists_fit_the_registry);
     tcase_add_test(specs, fewer_steps);
     tcase_add_test(specs, searches_turn_one_option);
     suite_add_tcase(suite, specs);
