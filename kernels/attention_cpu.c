@@ -44,7 +44,7 @@ static int64_t pad16(int64_t rows) {
 static scratch_plan plan_scratch(const rf_attention_args *a) {
     scratch_plan p = {0};
     int64_t group = a->num_q_heads / a->num_kv_heads, rows = a->q_len * group;
-    p.few = rows <= (group > 1 ? FEW_SHARED : FEW_ROWS) && !a->rope;
+    p.few = rows <= (group > 1 ? FEW_SHARED : FEW_ROWS);
     if (p.few) {
         /* A few tasks for each thread where key heads alone do not give them. */
         p.block_rows = FEW_BLOCK;
@@ -511,6 +511,10 @@ static void attend_few(const rf_attention_args *a, const scratch_plan *plan, flo
         int64_t row = a->q_rows ? a->q_rows[batch * a->q_batch_stride_rows + query] : query;
         const float *q =
             (const float *)a->q + batch * a->q_batch_stride + row * a->q_row_stride + head * a->q_head_stride;
+        if (a->rope) { /* b.o is free until the sums begin */
+            turn_rows(b.o, q, d, a->rope, a->rope_pairs, d, NULL, row, position_offset(a, batch), 1);
+            q = b.o;
+        }
         if (num > DOT_ROWS)
             for (int64_t c = 0; c < d; c++) b.q[c * padded + r] = q[c] * a->softmax_scale;
         else
@@ -533,7 +537,11 @@ static void attend_few(const rf_attention_args *a, const scratch_plan *plan, flo
         key_tile t = {.k = k_packed, .v = v_packed, .stride = d, .pos = key_pos};
         for (int64_t j = 0; j < len; j++) {
             if (rows[j] < last_limit) {
-                memcpy(k_packed + t.num * d, k + rows[j] * a->kv_row_stride, (size_t)d * sizeof(float));
+                if (a->rope)
+                    turn_rows(k_packed + t.num * d, k + rows[j] * a->kv_row_stride, d, a->rope, a->rope_pairs, d, NULL,
+                              rows[j], 0, 1);
+                else
+                    memcpy(k_packed + t.num * d, k + rows[j] * a->kv_row_stride, (size_t)d * sizeof(float));
                 memcpy(v_packed + t.num * d, v + rows[j] * a->kv_row_stride, (size_t)d * sizeof(float));
                 key_pos[t.num++] = rows[j];
             }
@@ -544,7 +552,7 @@ static void attend_few(const rf_attention_args *a, const scratch_plan *plan, flo
         }
     } else {
         /* Rows a multiple of 2 KB apart share few sets of the nearest cache: a tile would not stay in it. */
-        bool copies = num > 8 && a->kv_row_stride % 512 == 0;
+        bool copies = a->rope || (num > 8 && a->kv_row_stride % 512 == 0);
         for (int r = 0; r < rf_max64(a->num_ranges, 1); r++) {
             int64_t begin = a->num_ranges > 0 ? a->ranges[r].begin : 0;
             int64_t end = rf_min64(a->num_ranges > 0 ? a->ranges[r].end : len, last_limit);
@@ -555,8 +563,9 @@ static void attend_few(const rf_attention_args *a, const scratch_plan *plan, flo
                               .first = j,
                               .num = rf_min64(tile, end - j)};
                 if (copies) {
+                    if (a->rope) turn_rows(k_packed, t.k, t.stride, a->rope, a->rope_pairs, d, NULL, j, 0, t.num);
                     for (int64_t i = 0; i < t.num; i++) {
-                        memcpy(k_packed + i * d, t.k + i * t.stride, (size_t)d * sizeof(float));
+                        if (!a->rope) memcpy(k_packed + i * d, t.k + i * t.stride, (size_t)d * sizeof(float));
                         memcpy(v_packed + i * d, t.v + i * t.stride, (size_t)d * sizeof(float));
                     }
                     t.k = k_packed;
@@ -598,8 +607,8 @@ rf_status rf_attention_cpu(rf_stream *stream, const rf_attention_args *a, rf_err
         int64_t rows = a->q_len * (a->num_q_heads / a->num_kv_heads), row_blocks = rf_div_up(rows, plan.block_rows);
         int64_t tasks = a->batch * a->num_kv_heads * row_blocks;
         rf_stream_note_launch(stream, "attention");
-#pragma omp parallel for num_threads(rf_cpu_threads(stream)) schedule(dynamic)                               \
-    if (tasks > 1 && a->batch * a->num_q_heads * a->q_len * a->kv_len * a->head_dim > 16 * RF_SERIAL_WORK)
+#pragma omp parallel for num_threads(rf_cpu_threads(stream)) schedule(                                                 \
+    dynamic) if (tasks > 1 && a->batch * a->num_q_heads * a->q_len * a->kv_len * a->head_dim > 16 * RF_SERIAL_WORK)
         for (int64_t task = 0; task < tasks; task++) {
             int64_t first = task % row_blocks * plan.block_rows;
             attend_few(a, &plan, (float *)a->workspace + (size_t)rf_cpu_thread_idx() * thread_elems,

@@ -73,7 +73,8 @@ static void time_file(const char *folder, const char *path, int repeats) {
         if (decoded - encoded < decode) decode = decoded - encoded;
         rf_tokenizer_close(t);
     }
-    printf("{\"bytes\": %zu, \"ids\": %zu, \"open_s\": %.4f, \"encode_s\": %.4f, \"encode_mb_s\": %.2f, \"decode_mb_s\": %.1f}\n",
+    printf("{\"bytes\": %zu, \"ids\": %zu, \"open_s\": %.4f, \"encode_s\": %.4f, \"encode_mb_s\": %.2f, "
+           "\"decode_mb_s\": %.1f}\n",
            num_bytes, ids.num, open, encode, (double)num_bytes / encode * 1e-6, (double)back.num / decode * 1e-6);
     rf_free(text);
     rf_token_ids_clear(&ids);

@@ -36,15 +36,15 @@ def make(folder, vocab_size, files):
             merges.append([a, b])
     seen = {tuple(m) for m in merges}
     tokens = list(vocab)
-    while len(merges) < 2 * vocab_size:  # several ways to one token, as in Llama-3
+    for _ in range(20 * vocab_size):  # several ways to one token, as in Llama-3
+        if len(merges) >= 280000:
+            break
         word = rng.choice(tokens)
         cut = rng.randrange(1, len(word)) if len(word) > 1 else 0
         pair = (word[:cut], word[cut:])
         if cut and pair[0] in vocab and pair[1] in vocab and pair not in seen:
             seen.add(pair)
             merges.append(list(pair))
-        elif rng.random() < 1e-4:
-            break
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.json").write_text(json.dumps(d, ensure_ascii=False, indent=2))
     print(f"{trained} tokens trained, {len(vocab)} in all, {len(merges)} merges, {(folder / 'tokenizer.json').stat().st_size / 1e6:.1f} MB")

@@ -43,7 +43,9 @@ static void parse_file(const char *name) {
     snprintf(path, sizeof path, RF_FIXTURE_DIR "/chat-templates/%s", name);
     rf_assert_ok(rf_file_read(path, 1 << 20, &source, &num_bytes, &err), err);
     rf_chat_template_close(template);
-    rf_assert_ok(rf_chat_template_parse(&template, source, num_bytes, rf_json_get(rf_json_root(fixture), "tokens"), name, &err), err);
+    rf_assert_ok(
+        rf_chat_template_parse(&template, source, num_bytes, rf_json_get(rf_json_root(fixture), "tokens"), name, &err),
+        err);
     rf_free(source);
 }
 
@@ -78,7 +80,8 @@ START_TEST(published_templates_render_as_transformers_does) {
         ck_assert_msg(strcmp(out.bytes, text) == 0, "%s, case %d: got\n%s\nwant\n%s", name, num_cases, out.bytes, text);
         rf_chat_message messages[16];
         size_t num;
-        if (rf_json_count(variables) > 1 || !plain_messages(rf_json_get(variables, "messages"), messages, &num)) continue;
+        if (rf_json_count(variables) > 1 || !plain_messages(rf_json_get(variables, "messages"), messages, &num))
+            continue;
         options.variables = NULL;
         out.num = 0;
         rf_assert_ok(rf_chat_template_render(template, messages, num, &options, &out, &err), err);
@@ -107,19 +110,27 @@ static const struct {
     {"{# {{ nothing }} #}x", "x"},
     {"{{ '}}' }}{{ \"%}\" }}", "}}%}"},
     {"{{ {'a': {'b': 1}}['a'].b }}", "1"},
-    {"{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% set k = 5 %}{% endfor %}{{ ns.n }}{{ k }}", "2"},
+    {"{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% set k = 5 %}{% endfor %}{{ ns.n "
+     "}}{{ k }}",
+     "2"},
     {"{% for a in [1, 2] %}{% for b in [3, 4] %}{{ a * b }}{{ loop.last }} {% endfor %}{{ loop.last }}{% endfor %}",
      "3False 4True False6False 8True True"},
     {"{% for a in [1, 2] %}{% break %}{% else %}none{% endfor %}", "none"}, /* as Jinja has it */
     {"{% for k, v in {'a': 1, 'b': 2}.items() %}{{ k }}{{ v }}{% endfor %}", "a1b2"},
     {"{{ messages | length }}{{ messages[-1].role }}{{ messages[9] is defined }}", "2userFalse"},
-    {"{{ 'a,b,c'.split(',') | join('+') }}{{ 'a,b,c'.split(',', 1) | last }}{{ '  x '.strip() }}{{ 'xxa'.lstrip('x') }}", "a+b+cb,cxa"},
-    {"{{ [1, 'a', none, true] | tojson }}{{ {'k': '\\u00e9\\n'} | tojson(indent=2) }}", "[1, \"a\", null, true]{\n  \"k\": \"\xc3\xa9\\n\"\n}"},
+    {"{{ 'a,b,c'.split(',') | join('+') }}{{ 'a,b,c'.split(',', 1) | last }}{{ '  x '.strip() }}{{ 'xxa'.lstrip('x') "
+     "}}",
+     "a+b+cb,cxa"},
+    {"{{ [1, 'a', none, true] | tojson }}{{ {'k': '\\u00e9\\n'} | tojson(indent=2) }}",
+     "[1, \"a\", null, true]{\n  \"k\": \"\xc3\xa9\\n\"\n}"},
     {"{{ 1.0 }} {{ 0.1 + 0.2 }} {{ 2 / 1 }} {{ 100000000000000000.0 }}", "1.0 0.30000000000000004 2.0 1e+17"},
     {"{{ none }}{{ true }}{{ nothing }}{{ nothing is defined }}{{ nothing or 'x' }}", "NoneTrueFalsex"},
-    {"{{ '\xe6\x97\xa5\xe6\x9c\xac'[1] }}{{ '\xe6\x97\xa5\xe6\x9c\xac'[::-1] }}{{ '\xe6\x97\xa5\xe6\x9c\xac' | length }}",
-     "\xe6\x9c\xac\xe6\x9c\xac\xe6\x97\xa5" "2"},
-    {"{{ [0, 1, 2, 3, 4][4:0:-2] | join }}{{ [1, 2] + [3] == [1, 2, 3] }}{{ 3 in [1, 2] }}{{ 'role' in messages[0] }}", "42TrueFalseTrue"},
+    {"{{ '\xe6\x97\xa5\xe6\x9c\xac'[1] }}{{ '\xe6\x97\xa5\xe6\x9c\xac'[::-1] }}{{ '\xe6\x97\xa5\xe6\x9c\xac' | length "
+     "}}",
+     "\xe6\x9c\xac\xe6\x9c\xac\xe6\x97\xa5"
+     "2"},
+    {"{{ [0, 1, 2, 3, 4][4:0:-2] | join }}{{ [1, 2] + [3] == [1, 2, 3] }}{{ 3 in [1, 2] }}{{ 'role' in messages[0] }}",
+     "42TrueFalseTrue"},
     {"{% generation %}x{% endgeneration %}", "x"},
     {"{{ (strftime_now('%Y') | length) }}{{ strftime_now is defined }}", "4True"},
 };
@@ -168,9 +179,12 @@ static const struct {
     {"{{ '\xc3\xa9' | upper }}", "beyond ASCII"},
     {"{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "more than"},
     {"{% set ns = namespace(x=[]) %}{% for i in range(999) %}{% set ns.x = [ns.x] %}{% endfor %}", "nested deeper"},
-    {"{% set ns = namespace(a=[1], b=[1]) %}{% for i in range(90) %}{% set ns.a = [ns.a, ns.a] %}{% set ns.b = [ns.b, ns.b] %}"
-     "{% endfor %}{{ ns.a == ns.b }}", "comparison"},
-    {"{{ ((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((1", "nested deeper"},
+    {"{% set ns = namespace(a=[1], b=[1]) %}{% for i in range(90) %}{% set ns.a = [ns.a, ns.a] %}{% set ns.b = [ns.b, "
+     "ns.b] %}"
+     "{% endfor %}{{ ns.a == ns.b }}",
+     "comparison"},
+    {"{{ ((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((1",
+     "nested deeper"},
 };
 
 START_TEST(what_is_not_known_is_refused_by_name) {
@@ -181,13 +195,15 @@ START_TEST(what_is_not_known_is_refused_by_name) {
 END_TEST
 
 START_TEST(text_that_explodes_is_refused) {
-    rf_status st = render("{% set ns = namespace(x='xxxxxxxxxxxxxxxx') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}");
+    rf_status st = render("{% set ns = namespace(x='xxxxxxxxxxxxxxxx') %}{% for i in range(60) %}{% set ns.x = ns.x ~ "
+                          "ns.x %}{% endfor %}");
     rf_assert_fails(st, err, RF_ERR_UNSUPPORTED, "more than 256 MiB");
 }
 END_TEST
 
 START_TEST(what_a_template_raises_is_its_message) {
-    rf_assert_fails(render("{{ raise_exception('roles must\nalternate') }}"), err, RF_ERR_ARGUMENT, "roles must alternate");
+    rf_assert_fails(render("{{ raise_exception('roles must\nalternate') }}"), err, RF_ERR_ARGUMENT,
+                    "roles must alternate");
 }
 END_TEST
 
@@ -195,7 +211,8 @@ START_TEST(bad_messages_are_refused) {
     rf_chat_message bad = {"user", "\xff", 1};
     rf_assert_ok(parse("{{ messages[0].content }}"), err);
     rf_assert_fails(rf_chat_template_render(template, &bad, 1, NULL, &out, &err), err, RF_ERR_ARGUMENT, "message 1");
-    rf_assert_fails(rf_chat_template_render(template, NULL, 0, NULL, &out, &err), err, RF_ERR_ARGUMENT, "needs a message");
+    rf_assert_fails(rf_chat_template_render(template, NULL, 0, NULL, &out, &err), err, RF_ERR_ARGUMENT,
+                    "needs a message");
     rf_chat_template *none;
     rf_assert_fails(rf_chat_template_parse(&none, "\xff", 1, NULL, "t", &err), err, RF_ERR_FORMAT, "not valid UTF-8");
 }
@@ -217,7 +234,8 @@ START_TEST(folders_are_searched) {
     write_text("tokenizer_config.json", "{\"chat_template\":[{\"name\":\"tool_use\",\"template\":\"t\"}]}");
     rf_assert_fails(rf_chat_template_open(&template, dir, &err), err, RF_ERR_MISSING, "\"default\"");
     write_text("tokenizer_config.json", "{\"bos_token\":{\"content\":\"<s>\"},\"eos_token\":null,\"chat_template\":"
-                                        "[{\"name\":\"tool_use\",\"template\":\"t\"},{\"name\":\"default\",\"template\":\"{{ bos_token }}d{{ eos_token }}\"}]}");
+                                        "[{\"name\":\"tool_use\",\"template\":\"t\"},{\"name\":\"default\","
+                                        "\"template\":\"{{ bos_token }}d{{ eos_token }}\"}]}");
     rf_assert_ok(rf_chat_template_open(&template, dir, &err), err);
     rf_assert_ok(rf_chat_template_render(template, hello, 2, NULL, &out, &err), err);
     ck_assert_str_eq(out.bytes, "<s>d");
@@ -239,8 +257,9 @@ START_TEST(folders_are_searched) {
 END_TEST
 
 START_TEST(every_failed_allocation_is_survived) {
-    const char *source = "{% set ns = namespace(a=[1]) %}{% for m in messages if m.role %}{{ m.content | trim ~ loop.index }}"
-                         "{% set ns.a = ns.a + [m.role.split('e') | join('-')] %}{% endfor %}{{ ns.a | tojson(indent=1) }}{{ 'a' 'b' }}";
+    const char *source =
+        "{% set ns = namespace(a=[1]) %}{% for m in messages if m.role %}{{ m.content | trim ~ loop.index }}"
+        "{% set ns.a = ns.a + [m.role.split('e') | join('-')] %}{% endfor %}{{ ns.a | tojson(indent=1) }}{{ 'a' 'b' }}";
     uint64_t live = rf_memory_get_counts().num_live, n = 1;
     for (;; n++) {
         rf_chat_template *t = NULL;

@@ -93,7 +93,11 @@ END_TEST
 static void replace_broken(const rf_text *in, rf_text *out) {
     for (size_t i = 0; i < in->num;) {
         const unsigned char *p = (const unsigned char *)in->bytes + i;
-        size_t left = in->num - i, want = p[0] < 0x80 ? 1 : p[0] >= 0xc2 && p[0] < 0xe0 ? 2 : p[0] >= 0xe0 && p[0] < 0xf0 ? 3 : p[0] >= 0xf0 && p[0] < 0xf5 ? 4 : 0;
+        size_t left = in->num - i, want = p[0] < 0x80                   ? 1
+                                          : p[0] >= 0xc2 && p[0] < 0xe0 ? 2
+                                          : p[0] >= 0xe0 && p[0] < 0xf0 ? 3
+                                          : p[0] >= 0xf0 && p[0] < 0xf5 ? 4
+                                                                        : 0;
         size_t len = want ? 1 : 0;
         while (len && len < want && len < left) {
             unsigned char low = 0x80, high = 0xbf;
@@ -151,7 +155,8 @@ END_TEST
 
 START_TEST(cut_characters_are_held_back) {
     open_folder("gpt2");
-    const int32_t parts[] = {id_of("\xc3\xb0"), id_of("\xc5\x81"), id_of("\xc4\xba"), id_of("\xc4\xa2")}; /* f0 9f 98 80 */
+    const int32_t parts[] = {id_of("\xc3\xb0"), id_of("\xc5\x81"), id_of("\xc4\xba"),
+                             id_of("\xc4\xa2")}; /* f0 9f 98 80 */
     rf_token_stream stream = rf_token_stream_start(t, false);
     for (int i = 0; i < 4; i++) {
         ck_assert_int_ge(parts[i], 0);
@@ -164,9 +169,11 @@ START_TEST(cut_characters_are_held_back) {
     rf_assert_ok(rf_token_stream_push(&stream, parts[1], &text, &err), err);
     rf_assert_ok(rf_token_stream_push(&stream, id_of("a"), &text, &err), err);
     rf_assert_ok(rf_token_stream_push(&stream, parts[0], &text, &err), err);
-    ck_assert_str_eq(text.bytes, "\xef\xbf\xbd" "a");
+    ck_assert_str_eq(text.bytes, "\xef\xbf\xbd"
+                                 "a");
     rf_assert_ok(rf_token_stream_finish(&stream, &text, &err), err);
-    ck_assert_str_eq(text.bytes, "\xef\xbf\xbd" "a\xef\xbf\xbd");
+    ck_assert_str_eq(text.bytes, "\xef\xbf\xbd"
+                                 "a\xef\xbf\xbd");
 }
 END_TEST
 
@@ -177,9 +184,11 @@ START_TEST(special_tokens_are_known_and_skipped) {
     ck_assert_int_eq(special.bos, id_of("<|begin_of_text|>"));
     ck_assert_int_eq(special.eos, id_of("<|eot_id|>"));
     ck_assert(special.pad == -1 && special.mask == -1);
-    ck_assert(rf_tokenizer_is_special(t, special.bos) && !rf_tokenizer_is_special(t, id_of("a")) && !rf_tokenizer_is_special(t, -1));
+    ck_assert(rf_tokenizer_is_special(t, special.bos) && !rf_tokenizer_is_special(t, id_of("a")) &&
+              !rf_tokenizer_is_special(t, -1));
     encode(prompt, strlen(prompt), true, true);
-    ck_assert(ids.num >= 4 && ids.ids[0] == special.bos && ids.ids[1] == special.bos && ids.ids[ids.num - 1] == special.eos);
+    ck_assert(ids.num >= 4 && ids.ids[0] == special.bos && ids.ids[1] == special.bos &&
+              ids.ids[ids.num - 1] == special.eos);
     rf_assert_ok(rf_tokenizer_decode(t, ids.ids, ids.num, true, &text, &err), err);
     ck_assert_str_eq(text.bytes, "Hi");
     encode(prompt, strlen(prompt), false, false);
@@ -239,7 +248,8 @@ static void encode_repeated(const char *unit, size_t times) {
 
 /* Quadratic work would pass the suite's time limit. */
 START_TEST(long_words_are_encoded) {
-    static const char *const units[] = {"x", "abcdefgh", " ", "\n", "1", "!", "\xe4\xb8\xad", "e", "\t \n", " a", "<|eot_id|", "'s"};
+    static const char *const units[] = {"x", "abcdefgh", " ",  "\n",        "1", "!", "\xe4\xb8\xad",
+                                        "e", "\t \n",    " a", "<|eot_id|", "'s"};
     open_folder(folders[_i]);
     for (size_t i = 0; i < sizeof units / sizeof *units; i++) {
         encode_repeated(units[i], (i < 3 ? 1000000 : 200000) / strlen(units[i]));
@@ -251,7 +261,8 @@ START_TEST(long_runs_of_marks_are_composed) {
     open_folder("qwen2");
     rf_text all = {0};
     rf_assert_ok(rf_text_append(&all, "a", 1, &err), err);
-    for (int i = 0; i < 200000; i++) rf_assert_ok(rf_text_append(&all, "\xcc\x95\xcc\x80\xcc\xa3", 6, &err), err); /* classes 232 230 220 */
+    for (int i = 0; i < 200000; i++)
+        rf_assert_ok(rf_text_append(&all, "\xcc\x95\xcc\x80\xcc\xa3", 6, &err), err); /* classes 232 230 220 */
     encode(all.bytes, all.num, false, true);
     rf_assert_ok(rf_tokenizer_decode(t, ids.ids, ids.num, false, &text, &err), err);
     ck_assert_int_eq(memcmp(text.bytes, "\xe1\xba\xa1\xcc\xa3", 5), 0); /* U+1EA1, then the other dots below */
@@ -293,9 +304,10 @@ END_TEST
 
 /* ---- files that are refused ---- */
 
-#define SPLIT(pattern) "{\"type\":\"Split\",\"pattern\":{\"Regex\":\"" pattern "\"},\"behavior\":\"Isolated\",\"invert\":false}"
-#define BYTES          "{\"type\":\"ByteLevel\",\"add_prefix_space\":false,\"trim_offsets\":true,\"use_regex\":false}"
-#define PRE(pattern)   "{\"type\":\"Sequence\",\"pretokenizers\":[" SPLIT(pattern) "," BYTES "]}"
+#define SPLIT(pattern)                                                                                                 \
+    "{\"type\":\"Split\",\"pattern\":{\"Regex\":\"" pattern "\"},\"behavior\":\"Isolated\",\"invert\":false}"
+#define BYTES        "{\"type\":\"ByteLevel\",\"add_prefix_space\":false,\"trim_offsets\":true,\"use_regex\":false}"
+#define PRE(pattern) "{\"type\":\"Sequence\",\"pretokenizers\":[" SPLIT(pattern) "," BYTES "]}"
 #define ADDED(id, content)                                                                                             \
     "{\"id\":" id ",\"content\":\"" content                                                                            \
     "\",\"single_word\":false,\"lstrip\":false,\"rstrip\":false,\"normalized\":true,\"special\":true}"
@@ -310,34 +322,46 @@ typedef struct {
 static rf_status parse(const file_parts *p) {
     char json[8192];
     const char *added = p->added ? p->added : "";
-    int n = snprintf(json, sizeof json,
-                     "{\"version\":\"1.0\",\"truncation\":null,\"added_tokens\":[%s],\"normalizer\":%s,\"pre_tokenizer\":%s,"
-                     "\"post_processor\":%s,\"decoder\":%s,\"model\":{%s\"vocab\":%s,\"merges\":%s}}",
-                     added, p->normalizer ? p->normalizer : "null", p->pre_tokenizer ? p->pre_tokenizer : BYTES,
-                     p->post_processor ? p->post_processor : "null", p->decoder ? p->decoder : "{\"type\":\"ByteLevel\"}",
-                     p->model ? p->model : "\"type\":\"BPE\",", p->vocab ? p->vocab : GOOD_VOCAB,
-                     p->merges ? p->merges : "[\"a b\"]");
+    int n = snprintf(
+        json, sizeof json,
+        "{\"version\":\"1.0\",\"truncation\":null,\"added_tokens\":[%s],\"normalizer\":%s,\"pre_tokenizer\":%s,"
+        "\"post_processor\":%s,\"decoder\":%s,\"model\":{%s\"vocab\":%s,\"merges\":%s}}",
+        added, p->normalizer ? p->normalizer : "null", p->pre_tokenizer ? p->pre_tokenizer : BYTES,
+        p->post_processor ? p->post_processor : "null", p->decoder ? p->decoder : "{\"type\":\"ByteLevel\"}",
+        p->model ? p->model : "\"type\":\"BPE\",", p->vocab ? p->vocab : GOOD_VOCAB,
+        p->merges ? p->merges : "[\"a b\"]");
     ck_assert(n > 0 && n < (int)sizeof json);
     rf_tokenizer_close(t);
     return rf_tokenizer_parse(&t, json, (size_t)n, p->config, p->config ? strlen(p->config) : 0, &err);
 }
 
-#define SINGLE(pieces, tokens) "{\"type\":\"TemplateProcessing\",\"single\":[" pieces "],\"pair\":[],\"special_tokens\":{" tokens "}}"
-#define TEXT_A                 "{\"Sequence\":{\"id\":\"A\",\"type_id\":0}}"
-#define TOKEN_X                "{\"SpecialToken\":{\"id\":\"x\",\"type_id\":0}}"
+#define SINGLE(pieces, tokens)                                                                                         \
+    "{\"type\":\"TemplateProcessing\",\"single\":[" pieces "],\"pair\":[],\"special_tokens\":{" tokens "}}"
+#define TEXT_A  "{\"Sequence\":{\"id\":\"A\",\"type_id\":0}}"
+#define TOKEN_X "{\"SpecialToken\":{\"id\":\"x\",\"type_id\":0}}"
 
 static const file_parts refused[] = {
     {.normalizer = "{\"type\":\"NFKC\"}", .status = RF_ERR_UNSUPPORTED, .part = "normalizer 'NFKC' is not supported"},
-    {.normalizer = "{\"type\":\"Sequence\",\"normalizers\":[{\"type\":\"NFC\"},{\"type\":\"Lowercase\"}]}", .status = RF_ERR_UNSUPPORTED, .part = "'Lowercase'"},
+    {.normalizer = "{\"type\":\"Sequence\",\"normalizers\":[{\"type\":\"NFC\"},{\"type\":\"Lowercase\"}]}",
+     .status = RF_ERR_UNSUPPORTED,
+     .part = "'Lowercase'"},
     {.normalizer = "7", .status = RF_ERR_CONFIG, .part = "normalizer must be"},
     {.normalizer = "{}", .status = RF_ERR_MISSING, .part = "'type'"},
     {.pre_tokenizer = "{\"type\":\"Metaspace\"}", .status = RF_ERR_UNSUPPORTED, .part = "pre_tokenizer 'Metaspace'"},
     {.pre_tokenizer = "null", .status = RF_ERR_UNSUPPORTED, .part = "no ByteLevel pre_tokenizer"},
     {.pre_tokenizer = SPLIT("a"), .status = RF_ERR_UNSUPPORTED, .part = "no ByteLevel pre_tokenizer"},
-    {.pre_tokenizer = "{\"type\":\"Sequence\",\"pretokenizers\":[" BYTES "," SPLIT("a") "]}", .status = RF_ERR_UNSUPPORTED, .part = "after ByteLevel"},
-    {.pre_tokenizer = "{\"type\":\"Split\",\"pattern\":{\"Regex\":\"a\"},\"behavior\":\"Sideways\",\"invert\":false}", .status = RF_ERR_UNSUPPORTED, .part = "'Sideways'"},
-    {.pre_tokenizer = "{\"type\":\"Split\",\"pattern\":{\"Glob\":\"a\"},\"behavior\":\"Isolated\",\"invert\":false}", .status = RF_ERR_UNSUPPORTED, .part = "'Glob'"},
-    {.pre_tokenizer = "{\"type\":\"Split\",\"pattern\":7,\"behavior\":\"Isolated\",\"invert\":false}", .status = RF_ERR_CONFIG, .part = "pattern"},
+    {.pre_tokenizer = "{\"type\":\"Sequence\",\"pretokenizers\":[" BYTES "," SPLIT("a") "]}",
+     .status = RF_ERR_UNSUPPORTED,
+     .part = "after ByteLevel"},
+    {.pre_tokenizer = "{\"type\":\"Split\",\"pattern\":{\"Regex\":\"a\"},\"behavior\":\"Sideways\",\"invert\":false}",
+     .status = RF_ERR_UNSUPPORTED,
+     .part = "'Sideways'"},
+    {.pre_tokenizer = "{\"type\":\"Split\",\"pattern\":{\"Glob\":\"a\"},\"behavior\":\"Isolated\",\"invert\":false}",
+     .status = RF_ERR_UNSUPPORTED,
+     .part = "'Glob'"},
+    {.pre_tokenizer = "{\"type\":\"Split\",\"pattern\":7,\"behavior\":\"Isolated\",\"invert\":false}",
+     .status = RF_ERR_CONFIG,
+     .part = "pattern"},
     {.pre_tokenizer = PRE("\\\\w+"), .status = RF_ERR_UNSUPPORTED, .part = "\\w at byte 1"},
     {.pre_tokenizer = PRE("\\\\p{Greek}"), .status = RF_ERR_UNSUPPORTED, .part = "general category"},
     {.pre_tokenizer = PRE("(?i)a"), .status = RF_ERR_UNSUPPORTED, .part = "a group other than"},
@@ -357,16 +381,24 @@ static const file_parts refused[] = {
     {.pre_tokenizer = PRE("(?<=a+)b"), .status = RF_ERR_CONFIG, .part = "not valid"},
     {.decoder = "null", .status = RF_ERR_UNSUPPORTED, .part = "no ByteLevel decoder"},
     {.decoder = "{\"type\":\"WordPiece\"}", .status = RF_ERR_UNSUPPORTED, .part = "decoder 'WordPiece'"},
-    {.post_processor = "{\"type\":\"RobertaProcessing\"}", .status = RF_ERR_UNSUPPORTED, .part = "post_processor 'RobertaProcessing'"},
+    {.post_processor = "{\"type\":\"RobertaProcessing\"}",
+     .status = RF_ERR_UNSUPPORTED,
+     .part = "post_processor 'RobertaProcessing'"},
     {.post_processor = SINGLE(TOKEN_X "," TEXT_A, ""), .status = RF_ERR_CONFIG, .part = "special token 'x'"},
-    {.post_processor = SINGLE(TOKEN_X "," TEXT_A, "\"x\":{\"id\":\"x\",\"ids\":[99],\"tokens\":[\"x\"]}"), .status = RF_ERR_CONFIG, .part = "that no token has"},
+    {.post_processor = SINGLE(TOKEN_X "," TEXT_A, "\"x\":{\"id\":\"x\",\"ids\":[99],\"tokens\":[\"x\"]}"),
+     .status = RF_ERR_CONFIG,
+     .part = "that no token has"},
     {.post_processor = SINGLE(TEXT_A "," TEXT_A, ""), .status = RF_ERR_CONFIG, .part = "($A) once"},
     {.post_processor = SINGLE("{}", ""), .status = RF_ERR_CONFIG, .part = "SpecialToken or Sequence"},
-    {.post_processor = "{\"type\":\"Sequence\",\"processors\":[" SINGLE(TEXT_A, "") "," SINGLE(TEXT_A, "") "]}", .status = RF_ERR_UNSUPPORTED, .part = "TemplateProcessing twice"},
+    {.post_processor = "{\"type\":\"Sequence\",\"processors\":[" SINGLE(TEXT_A, "") "," SINGLE(TEXT_A, "") "]}",
+     .status = RF_ERR_UNSUPPORTED,
+     .part = "TemplateProcessing twice"},
     {.model = "\"type\":\"Unigram\",", .status = RF_ERR_UNSUPPORTED, .part = "model 'Unigram'"},
     {.model = "\"byte_fallback\":true,", .status = RF_ERR_UNSUPPORTED, .part = "byte_fallback"},
     {.model = "\"dropout\":0.1,", .status = RF_ERR_UNSUPPORTED, .part = "dropout"},
-    {.model = "\"continuing_subword_prefix\":\"##\",", .status = RF_ERR_UNSUPPORTED, .part = "continuing_subword_prefix"},
+    {.model = "\"continuing_subword_prefix\":\"##\",",
+     .status = RF_ERR_UNSUPPORTED,
+     .part = "continuing_subword_prefix"},
     {.model = "\"end_of_word_suffix\":\"</w>\",", .status = RF_ERR_UNSUPPORTED, .part = "end_of_word_suffix"},
     {.model = "\"unk_token\":\"?\",", .status = RF_ERR_CONFIG, .part = "unk_token '?'"},
     {.vocab = "[]", .status = RF_ERR_CONFIG, .part = "model.vocab"},
@@ -385,10 +417,15 @@ static const file_parts refused[] = {
     {.merges = "[[\"a\"]]", .status = RF_ERR_CONFIG, .part = "merge 0 must be"},
     {.merges = "[[\"a\",\"b\",\"c\"]]", .status = RF_ERR_CONFIG, .part = "merge 0 must be"},
     {.merges = "[7]", .status = RF_ERR_CONFIG, .part = "merge 0 must be"},
-    {.added = ADDED("7", "<x>"), .status = RF_ERR_CONFIG, .part = "'<x>' has id 7, expected 5 (the next after the vocabulary)"},
+    {.added = ADDED("7", "<x>"),
+     .status = RF_ERR_CONFIG,
+     .part = "'<x>' has id 7, expected 5 (the next after the vocabulary)"},
     {.added = ADDED("1", "a"), .status = RF_ERR_CONFIG, .part = "'a' has id 1, expected 0 (its id in the vocabulary)"},
     {.added = ADDED("5", "<x>") "," ADDED("5", "<x>"), .status = RF_ERR_CONFIG, .part = "the text of two tokens"},
-    {.added = ADDED("5", "\xc3\xa9.") "," ADDED("6", "e\xcc\x81."), .normalizer = "{\"type\":\"NFC\"}", .status = RF_ERR_CONFIG, .part = "the text of two tokens"},
+    {.added = ADDED("5", "\xc3\xa9.") "," ADDED("6", "e\xcc\x81."),
+     .normalizer = "{\"type\":\"NFC\"}",
+     .status = RF_ERR_CONFIG,
+     .part = "the text of two tokens"},
     {.added = ADDED("99999999999", "<x>"), .status = RF_ERR_CONFIG, .part = "'id' must be"},
     {.added = "{\"id\":5,\"content\":\"<x>\"}", .status = RF_ERR_MISSING, .part = "single_word"},
     {.added = "7", .status = RF_ERR_MISSING, .part = "content"},
@@ -409,7 +446,8 @@ START_TEST(folders_without_a_tokenizer_are_refused) {
     rf_assert_fails(rf_tokenizer_open(&t, RF_FIXTURE_DIR, &err), err, RF_ERR_MISSING, "no tokenizer.json");
     rf_assert_fails(rf_tokenizer_parse(&t, "[]", 2, NULL, 0, &err), err, RF_ERR_CONFIG, "must be an object");
     rf_assert_fails(rf_tokenizer_parse(&t, "{}", 2, NULL, 0, &err), err, RF_ERR_CONFIG, "model");
-    rf_assert_fails(rf_tokenizer_parse(&t, "{\"version\":\"2.0\"}", 17, NULL, 0, &err), err, RF_ERR_UNSUPPORTED, "version '2.0'");
+    rf_assert_fails(rf_tokenizer_parse(&t, "{\"version\":\"2.0\"}", 17, NULL, 0, &err), err, RF_ERR_UNSUPPORTED,
+                    "version '2.0'");
     size_t num = 0;
     char *deep = rf_alloc(100000);
     while (num < 100000) deep[num++] = '[';
@@ -447,7 +485,8 @@ START_TEST(unknown_bytes_are_dropped_fused_or_counted) {
 END_TEST
 
 START_TEST(whole_words_may_pass_by_the_merges) {
-    const file_parts parts = {.vocab = "{\"a\":0,\"b\":1,\"aba\":2}", .merges = "[]", .model = "\"ignore_merges\":true,"};
+    const file_parts parts = {
+        .vocab = "{\"a\":0,\"b\":1,\"aba\":2}", .merges = "[]", .model = "\"ignore_merges\":true,"};
     rf_assert_ok(parse(&parts), err);
     check_ids("aba", (int32_t[]){2}, 1);
     check_ids("abab", (int32_t[]){0, 1, 0, 1}, 4);
@@ -458,7 +497,8 @@ START_TEST(a_pattern_that_explodes_is_given_up) {
     rf_assert_ok(parse(&(file_parts){.pre_tokenizer = PRE("(?:a+)+b|(?:(?:a+)+)+c")}), err);
     char word[4001];
     memset(word, 'a', sizeof word);
-    rf_assert_fails(rf_tokenizer_encode(t, word, sizeof word, false, false, &ids, &err), err, RF_ERR_UNSUPPORTED, "gives up");
+    rf_assert_fails(rf_tokenizer_encode(t, word, sizeof word, false, false, &ids, &err), err, RF_ERR_UNSUPPORTED,
+                    "gives up");
     ck_assert_uint_eq(ids.num, 0);
 }
 END_TEST
@@ -467,15 +507,19 @@ END_TEST
 
 START_TEST(every_failed_allocation_is_survived) {
     static const char vocab[] = "{\"a\":0,\"b\":1,\"ab\":2,\"\xc4\xa0\":3,\"\xc3\x8c\":4,\"\xc4\xa3\":5}";
-    const char doc[] = "ab a<x>\xff" "ae\xcc\x81 abbbababababababababababababababababababababababababababababababababab";
+    const char doc[] = "ab a<x>\xff"
+                       "ae\xcc\x81 abbbababababababababababababababababababababababababababababababababab";
     uint64_t live = rf_memory_get_counts().num_live, n = 1;
     for (;; n++) {
-        file_parts parts = {.normalizer = "{\"type\":\"NFC\"}",
-                            .pre_tokenizer = "{\"type\":\"Sequence\",\"pretokenizers\":[" SPLIT("\\\\p{L}+|\\\\s") ",{\"type\":\"ByteLevel\",\"add_prefix_space\":true,\"use_regex\":true}]}",
-                            .vocab = vocab,
-                            .added = ADDED("6", "<x>") "," ADDED("7", "e\xcc\x81q"),
-                            .post_processor = SINGLE(TOKEN_X "," TEXT_A "," TOKEN_X, "\"x\":{\"id\":\"x\",\"ids\":[6],\"tokens\":[\"x\"]}"),
-                            .config = "{\"bos_token\":\"<x>\"}"};
+        file_parts parts = {
+            .normalizer = "{\"type\":\"NFC\"}",
+            .pre_tokenizer = "{\"type\":\"Sequence\",\"pretokenizers\":[" SPLIT(
+                "\\\\p{L}+|\\\\s") ",{\"type\":\"ByteLevel\",\"add_prefix_space\":true,\"use_regex\":true}]}",
+            .vocab = vocab,
+            .added = ADDED("6", "<x>") "," ADDED("7", "e\xcc\x81q"),
+            .post_processor =
+                SINGLE(TOKEN_X "," TEXT_A "," TOKEN_X, "\"x\":{\"id\":\"x\",\"ids\":[6],\"tokens\":[\"x\"]}"),
+            .config = "{\"bos_token\":\"<x>\"}"};
         rf_token_ids out = {0};
         rf_text back = {0};
         rf_memory_fail_nth(n);
@@ -484,7 +528,8 @@ START_TEST(every_failed_allocation_is_survived) {
         if (st == RF_OK) st = rf_tokenizer_decode(t, out.ids, out.num, false, &back, &err);
         if (st == RF_OK) {
             rf_token_stream stream = rf_token_stream_start(t, false);
-            for (size_t i = 0; i < out.num && st == RF_OK; i++) st = rf_token_stream_push(&stream, out.ids[i], &back, &err);
+            for (size_t i = 0; i < out.num && st == RF_OK; i++)
+                st = rf_token_stream_push(&stream, out.ids[i], &back, &err);
             if (st == RF_OK) st = rf_token_stream_finish(&stream, &back, &err);
         }
         rf_memory_fail_nth(0);

@@ -8,12 +8,16 @@
 
 #define MAX_PATTERN_TEXT 256 /* a pattern may need the whole match limit at every byte */
 
-static const char before[] =
-    "{\"added_tokens\":[{\"id\":6,\"content\":\"<x>\",\"single_word\":false,\"lstrip\":true,\"rstrip\":false,\"normalized\":false,"
-    "\"special\":true},{\"id\":7,\"content\":\"e\\u0301q\",\"single_word\":true,\"lstrip\":false,\"rstrip\":true,\"normalized\":true,"
-    "\"special\":false}],\"normalizer\":{\"type\":\"NFC\"},\"decoder\":{\"type\":\"ByteLevel\"},\"model\":{\"type\":\"BPE\",\"unk_token\":\"a\","
-    "\"vocab\":{\"a\":0,\"b\":1,\"ab\":2,\"\\u0120\":3,\"\\u00cc\":4,\"\\u0123\":5},\"merges\":[\"a b\"]},\"pre_tokenizer\":{\"type\":"
-    "\"Sequence\",\"pretokenizers\":[{\"type\":\"Split\",\"behavior\":\"MergedWithNext\",\"invert\":false,\"pattern\":{\"Regex\":\"";
+static const char before[] = "{\"added_tokens\":[{\"id\":6,\"content\":\"<x>\",\"single_word\":false,\"lstrip\":true,"
+                             "\"rstrip\":false,\"normalized\":false,"
+                             "\"special\":true},{\"id\":7,\"content\":\"e\\u0301q\",\"single_word\":true,\"lstrip\":"
+                             "false,\"rstrip\":true,\"normalized\":true,"
+                             "\"special\":false}],\"normalizer\":{\"type\":\"NFC\"},\"decoder\":{\"type\":"
+                             "\"ByteLevel\"},\"model\":{\"type\":\"BPE\",\"unk_token\":\"a\","
+                             "\"vocab\":{\"a\":0,\"b\":1,\"ab\":2,\"\\u0120\":3,\"\\u00cc\":4,\"\\u0123\":5},"
+                             "\"merges\":[\"a b\"]},\"pre_tokenizer\":{\"type\":"
+                             "\"Sequence\",\"pretokenizers\":[{\"type\":\"Split\",\"behavior\":\"MergedWithNext\","
+                             "\"invert\":false,\"pattern\":{\"Regex\":\"";
 static const char after[] = "\"}},{\"type\":\"ByteLevel\",\"add_prefix_space\":true,\"use_regex\":false}]}}";
 
 static void use(const rf_tokenizer *t, const char *text, size_t num) {
@@ -54,7 +58,8 @@ static void with_pattern(const char *pattern, size_t pattern_bytes, const char *
 }
 
 static void as_template(const char *source, size_t num) {
-    static const rf_chat_message messages[] = {{"system", " be brief\n", 10}, {"user", "a, b", 4}, {"assistant", "\xc3\xa9", 2}};
+    static const rf_chat_message messages[] = {
+        {"system", " be brief\n", 10}, {"user", "a, b", 4}, {"assistant", "\xc3\xa9", 2}};
     rf_error err = {0};
     rf_chat_template *t = NULL;
     rf_text out = {0};
@@ -66,8 +71,10 @@ static void as_template(const char *source, size_t num) {
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
-    static const char words[] = "(?i:'s)|[^\\\\r\\\\n\\\\p{L}\\\\p{N}]?\\\\p{L}+|\\\\p{N}{1,3}| ?[^\\\\s\\\\p{L}\\\\p{N}]+[\\\\r\\\\n]*|\\\\s+(?!\\\\S)|\\\\s+";
-    static const char sample[] = "ab a<x>\xff" "e\xcc\x81q ae\xcc\x81 1 'S\n \n bb";
+    static const char words[] = "(?i:'s)|[^\\\\r\\\\n\\\\p{L}\\\\p{N}]?\\\\p{L}+|\\\\p{N}{1,3}| "
+                                "?[^\\\\s\\\\p{L}\\\\p{N}]+[\\\\r\\\\n]*|\\\\s+(?!\\\\S)|\\\\s+";
+    static const char sample[] = "ab a<x>\xff"
+                                 "e\xcc\x81q ae\xcc\x81 1 'S\n \n bb";
     if (size == 0) return 0;
     uint64_t live = rf_memory_get_counts().num_live;
     const char *rest = (const char *)data + 1;
@@ -81,7 +88,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     } else if (data[0] == 'p') {
         const char *line = memchr(rest, '\n', num);
         size_t pattern_bytes = line ? (size_t)(line - rest) : num, text_bytes = num - pattern_bytes;
-        with_pattern(rest, pattern_bytes, rest + pattern_bytes, text_bytes < MAX_PATTERN_TEXT ? text_bytes : MAX_PATTERN_TEXT);
+        with_pattern(rest, pattern_bytes, rest + pattern_bytes,
+                     text_bytes < MAX_PATTERN_TEXT ? text_bytes : MAX_PATTERN_TEXT);
     } else if (data[0] == 'c') {
         as_template(rest, num);
     } else {
