@@ -228,7 +228,8 @@ START_TEST(filters_leave_what_their_rules_say) {
             found_first |= e[v].id == first.id;
             found_last |= e[v].id == last.id;
         }
-        ck_assert_msg(found_first && found_last, "setting %zu: ids %d and %d are not among %d", i, first.id, last.id, num);
+        ck_assert_msg(found_first && found_last, "setting %zu: ids %d and %d are not among %d", i, first.id, last.id,
+                      num);
         ck_assert_double_eq_tol(first.best_prob, 1.0 / total, 1e-6);
         ck_assert_double_eq_tol(first.margin, (1.0 - (num > 1 ? exp((double)e[1].z - e[0].z) : 0)) / total, 1e-6);
         /* mean over a fine grid of uniforms is the distribution */

@@ -129,13 +129,15 @@ START_TEST(golden_runs_are_made_again_pass_by_pass) {
             const int32_t num = read_ids(p, pairs) / 2;
             for (int32_t i = 0; i < num; i++) wanted += pairs[2 * i] < num_prompt + o.max_new;
             if (wanted == 0) continue;
-            ck_assert_msg(pass < got.num_passes && got.num[pass] == wanted, "%s: pass %d commits %d, must be %d", name, pass,
-                          pass < got.num_passes ? got.num[pass] : -1, wanted);
+            ck_assert_msg(pass < got.num_passes && got.num[pass] == wanted, "%s: pass %d commits %d, must be %d", name,
+                          pass, pass < got.num_passes ? got.num[pass] : -1, wanted);
             for (int32_t i = 0; i < num; i++) {
                 bool found = pairs[2 * i] >= num_prompt + o.max_new;
                 for (int32_t j = 0; j < got.num[pass]; j++)
-                    found |= got.position[pass][j] == pairs[2 * i] - num_prompt && got.token[pass][j] == pairs[2 * i + 1];
-                ck_assert_msg(found, "%s: pass %d does not commit %d at %d", name, pass, pairs[2 * i + 1], pairs[2 * i]);
+                    found |=
+                        got.position[pass][j] == pairs[2 * i] - num_prompt && got.token[pass][j] == pairs[2 * i + 1];
+                ck_assert_msg(found, "%s: pass %d does not commit %d at %d", name, pass, pairs[2 * i + 1],
+                              pairs[2 * i]);
             }
             pass++;
         }
@@ -163,8 +165,8 @@ static void same_as_without(fixture *f, rf_decode_options o, const char *name, c
     ck_assert_msg(plain.num_passes == cached.num_passes, "%s %s: %d passes and %d", name, settings, cached.num_passes,
                   plain.num_passes);
     for (int p = 0; p < plain.num_passes; p++) {
-        ck_assert_msg(plain.num[p] == cached.num[p], "%s %s: pass %d commits %d and %d", name, settings, p, cached.num[p],
-                      plain.num[p]);
+        ck_assert_msg(plain.num[p] == cached.num[p], "%s %s: pass %d commits %d and %d", name, settings, p,
+                      cached.num[p], plain.num[p]);
         for (int i = 0; i < plain.num[p]; i++)
             ck_assert_msg(plain.position[p][i] == cached.position[p][i] && plain.token[p][i] == cached.token[p][i],
                           "%s %s: pass %d differs at %d", name, settings, p, plain.position[p][i]);
@@ -176,9 +178,12 @@ static void same_as_without(fixture *f, rf_decode_options o, const char *name, c
 START_TEST(policies_that_renew_everything_change_nothing) {
     static const struct {
         const char *name, *settings;
-    } all[] = {{"prefix", "refresh=1"},          {"dual", "refresh=1"},
-               {"vicinity", "refresh=1"},        {"window", "refresh=1,active=64,external=64"},
-               {"dkv", "refresh=1"},             {"dllm-cache", "prompt=1,response=1"},
+    } all[] = {{"prefix", "refresh=1"},
+               {"dual", "refresh=1"},
+               {"vicinity", "refresh=1"},
+               {"window", "refresh=1,active=64,external=64"},
+               {"dkv", "refresh=1"},
+               {"dllm-cache", "prompt=1,response=1"},
                {"dllm-cache", "prompt=1,response=4,ratio=1"}};
     static const char *models[] = {"text-llada", "text-dream"};
     for (int m = 0; m < 2; m++) {
@@ -490,9 +495,11 @@ START_TEST(requests_that_make_no_sense_are_refused_in_one_line) {
     rf_assert_ok(rf_decoder_create(&f.decoder, f.model, &o, 64, &err), err);
     const int32_t bad[] = {1, 2, 300};
     rf_assert_fails(rf_decoder_run(f.decoder, &o, bad, 3, NULL, NULL, &r, &err), err, RF_ERR_ARGUMENT, "300");
-    rf_assert_fails(rf_decoder_run(f.decoder, &o, some_prompt, 18 + 20, NULL, NULL, &r, &err), err, RF_ERR_ARGUMENT, "made for");
+    rf_assert_fails(rf_decoder_run(f.decoder, &o, some_prompt, 18 + 20, NULL, NULL, &r, &err), err, RF_ERR_ARGUMENT,
+                    "made for");
     o.row_policy = policy;
-    rf_assert_fails(rf_decoder_run(f.decoder, &o, some_prompt, PROMPT, NULL, NULL, &r, &err), err, RF_ERR_STATE, "row policy");
+    rf_assert_fails(rf_decoder_run(f.decoder, &o, some_prompt, PROMPT, NULL, NULL, &r, &err), err, RF_ERR_STATE,
+                    "row policy");
     rf_policy_destroy(policy);
     rf_policy_destroy(feature);
     close_model(&f);
