@@ -92,7 +92,6 @@ void rf_sample_row(const rf_sampling *s, float *logits, int32_t vocab, rf_sampli
         for (int32_t i = 0; i < num; i++)
             if (exp(e[i].z - max) >= s->min_p || i == 0) e[kept++] = e[i];
         num = kept;
-        if (sorted > num) sorted = num;
     }
     double left = 0.0, weighted = 0.0;
     for (int32_t i = 0; i < num; i++) {

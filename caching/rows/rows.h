@@ -28,14 +28,14 @@ extern "C" {
 
 /* A run, as a policy sees it before the first pass. */
 typedef struct {
-    const char *model; /* for messages */
+    const char *model;      /* for messages */
     int32_t prompt, length; /* rows of the prompt; with the canvas */
     int32_t block;          /* tokens a block (semi-autoregressive); = canvas if there is one block */
     bool block_causal;      /* attention is block-causal: rows of finished blocks are exact */
     int32_t shift;          /* 1: row p - 1 predicts position p (Dream) */
     int num_layers;
-    bool order_is_random;   /* the commit rule takes masks in an order fixed in advance (random remasking) */
-    bool force;             /* misfits are not refused */
+    bool order_is_random; /* the commit rule takes masks in an order fixed in advance (random remasking) */
+    bool force;           /* misfits are not refused */
 } rf_row_shape;
 
 /* A sequence between two passes. Owned by the decoding loop. */
@@ -47,21 +47,21 @@ typedef struct {
     const int32_t *commit_step; /* [length] pass that committed it, RF_COMMIT_PROMPT or RF_COMMIT_NEVER */
     int32_t step;               /* passes before this one */
     int32_t block_index, block_begin, block_end; /* the block being decoded (the last one's end is length) */
-    int32_t block_step;         /* passes in this block before this one; 0 on entry */
-    const int32_t *committed;   /* rows that the pass before committed, ascending */
+    int32_t block_step;                          /* passes in this block before this one; 0 on entry */
+    const int32_t *committed;                    /* rows that the pass before committed, ascending */
     int32_t num_committed;
-    const float *confidence;    /* [length] last known confidence of masked rows, -1 = never seen */
-    const int32_t *order;       /* shape.order_is_random: masked rows in the order in which they will commit, else NULL */
+    const float *confidence; /* [length] last known confidence of masked rows, -1 = never seen */
+    const int32_t *order;    /* shape.order_is_random: masked rows in the order in which they will commit, else NULL */
     int32_t num_order;
     /* what layers reported of the pass before (only if a plan asked): */
-    const int32_t *tracked;     /* [num_layers] most-attended decoded row, -1 = none */
-    int32_t expanded_at;        /* layer after which all rows were computed, -1 = none */
+    const int32_t *tracked; /* [num_layers] most-attended decoded row, -1 = none */
+    int32_t expanded_at;    /* layer after which all rows were computed, -1 = none */
 } rf_row_state;
 
 typedef enum {
     RF_LAYERS_SAME = 0, /* the same rows in every layer */
-    RF_LAYERS_DRIFT,    /* Elastic-Cache: the attention of tracked rows is compared with before; drift expands to all rows */
-    RF_LAYERS_VERIFY    /* dLLM-Cache: values of all segment rows, the rest only for those that changed most */
+    RF_LAYERS_DRIFT, /* Elastic-Cache: the attention of tracked rows is compared with before; drift expands to all rows */
+    RF_LAYERS_VERIFY /* dLLM-Cache: values of all segment rows, the rest only for those that changed most */
 } rf_layer_rule;
 
 /* Filled by plan. Lists have room for shape.length entries. The loop adds, for shift = 1, the row before each candidate. */
@@ -80,16 +80,17 @@ typedef struct {
     rf_layer_rule layers;
     struct {
         double threshold; /* gamma: expand if the similarity falls below */
-        bool over_heads;  /* cosine over heads then mean over keys (the released code) instead of over keys (the paper) */
-        int32_t *window;  /* rows whose attention chooses what is tracked, ascending; in rows */
+        bool
+            over_heads; /* cosine over heads then mean over keys (the released code) instead of over keys (the paper) */
+        int32_t *window; /* rows whose attention chooses what is tracked, ascending; in rows */
         int32_t num_window;
-        int force_from;   /* all rows from this layer on, whatever the drift; -1 = no */
+        int force_from; /* all rows from this layer on, whatever the drift; -1 = no */
     } drift;
     struct {
-        double ratio;           /* of the segment's rows that are computed fully */
-        int32_t begin, end;     /* the segment; rows = at least all of it */
-        bool store;             /* this pass computes everything and stores the segment's increments (a refresh) */
-        int32_t full_layers;    /* so many first layers are computed fully (1) */
+        double ratio;        /* of the segment's rows that are computed fully */
+        int32_t begin, end;  /* the segment; rows = at least all of it */
+        bool store;          /* this pass computes everything and stores the segment's increments (a refresh) */
+        int32_t full_layers; /* so many first layers are computed fully (1) */
     } verify;
 
     /* Attention reuse: visible keys outside [inside_begin, inside_end) are "external". Set by the policy (begin == end: this pass
@@ -135,7 +136,7 @@ int32_t rf_rows_end(const rf_row_state *seq);
 
 /* Empty lists, everything up to rf_rows_end seen, RF_LAYERS_SAME. Pointers stay. */
 void rf_rows_begin(const rf_row_state *seq, rf_row_plan *plan);
-void rf_rows_all(const rf_row_state *seq, rf_row_plan *plan);       /* rows = rf_rows_first..rf_rows_end-1, all seen */
+void rf_rows_all(const rf_row_state *seq, rf_row_plan *plan);      /* rows = rf_rows_first..rf_rows_end-1, all seen */
 void rf_rows_range(rf_row_plan *plan, int32_t begin, int32_t end); /* appends */
 void rf_rows_add(rf_row_plan *plan, int32_t row);                  /* inserts in order, once */
 /* The first `count` masks at or after `from` and before rf_rows_end into out. Returns how many there were. */

@@ -14,8 +14,8 @@
 #define MAX_TASKS 64
 #define PENDING   8
 
-enum { KIND_PROMPT, KIND_ANSWER, KIND_FILL, KIND_TEXT };        /* of a token; FILL: end-of-text after the first */
-enum { LAYOUT_AR, LAYOUT_SLOT, LAYOUT_BLOCK };                  /* what follows an answer, see add_end */
+enum { KIND_PROMPT, KIND_ANSWER, KIND_FILL, KIND_TEXT }; /* of a token; FILL: end-of-text after the first */
+enum { LAYOUT_AR, LAYOUT_SLOT, LAYOUT_BLOCK };           /* what follows an answer, see add_end */
 
 typedef struct {
     uint32_t pair[MAX_PAIRS]; /* left << 16 | right, + 1; 0 = empty */
@@ -93,7 +93,8 @@ static int64_t piece_len(const char *s, int64_t n) {
         if (a == 's' || a == 't' || a == 'm' || a == 'd') return 2;
     }
     if (is_letter(s[0]) || (!is_digit(s[0]) && s[0] != '\r' && s[0] != '\n' && n > 1 && is_letter(s[1]))) {
-        for (i = 1; i < n && is_letter(s[i]); i++) {}
+        for (i = 1; i < n && is_letter(s[i]); i++) {
+        }
         return i;
     }
     if (is_digit(s[0])) return 1;
@@ -124,7 +125,8 @@ int64_t text_encode(const source *src, const char *s, int64_t n, uint16_t *out) 
 }
 
 /* merges [num][3]: left, right, merged, in order of rank; byte_id [256]. */
-int source_init(source *src, const int32_t *merges, int num, const int32_t *byte_id, uint16_t *corpus, int64_t corpus_len) {
+int source_init(source *src, const int32_t *merges, int num, const int32_t *byte_id, uint16_t *corpus,
+                int64_t corpus_len) {
     memset(src, 0, sizeof *src);
     if (num > MAX_PAIRS / 2) return -1;
     for (int i = 0; i < 256; i++) src->table.byte_id[i] = (uint16_t)byte_id[i];
@@ -192,10 +194,14 @@ static bool add_end(worker *w, sample *s, int answer_begin, int limit) {
     if (!put(s, w->mix->eos, pos, KIND_ANSWER, 0, limit)) return false;
     if (w->mix->layout == LAYOUT_SLOT) {
         double u = draw_unit(w);
-        if (u < 0.5) extra = draw(w, 17);
-        else if (u < 0.8) extra = (32 - answer % 32) % 32 + (draw(w, 4) == 0 ? 32 * draw_range(w, 1, 3) : 0);
-        else if (u < 0.95) extra = draw(w, 65);
-        else extra = draw(w, 257);
+        if (u < 0.5)
+            extra = draw(w, 17);
+        else if (u < 0.8)
+            extra = (32 - answer % 32) % 32 + (draw(w, 4) == 0 ? 32 * draw_range(w, 1, 3) : 0);
+        else if (u < 0.95)
+            extra = draw(w, 65);
+        else
+            extra = draw(w, 257);
     } else if (w->mix->layout == LAYOUT_BLOCK) {
         int block = w->mix->block;
         extra = (block - s->len % block) % block + (draw(w, 4) == 0 ? block : 0);
@@ -238,11 +244,13 @@ static bool make_sample(worker *w, sample *s, int limit) {
     else
         settings.length = (size_t)draw_range(w, mix->length_low[task], mix->length_high[task]);
     uint64_t seed = next_bits(w) | 1u << 31; /* judges use seeds below 2^31 */
-    bool several = mix->layout == LAYOUT_AR && !settings.aware && (info->kind == TASK_RECALL || strcmp(info->name, "kv") == 0);
+    bool several =
+        mix->layout == LAYOUT_AR && !settings.aware && (info->kind == TASK_RECALL || strcmp(info->name, "kv") == 0);
     int wanted = several ? mix->branches : 1;
     for (int q = 0; q < wanted && q < 16; q++) {
         settings.question = q;
-        if (task_generate(task, seed, &settings, w->prompt, sizeof w->prompt, w->answer, sizeof w->answer)) return false;
+        if (task_generate(task, seed, &settings, w->prompt, sizeof w->prompt, w->answer, sizeof w->answer))
+            return false;
         uint16_t *t = w->tokens[branches];
         num_prompt[branches] = (int)text_encode(w->src, w->prompt, (int64_t)strlen(w->prompt), t);
         num[branches] = num_prompt[branches] +
@@ -251,7 +259,8 @@ static bool make_sample(worker *w, sample *s, int limit) {
         bool again = false;
         for (int b = 0; b < branches && !again; b++) {
             int n = num_prompt[b] < num_prompt[branches] ? num_prompt[b] : num_prompt[branches];
-            for (same = 0; same < n && w->tokens[b][same] == t[same]; same++) {}
+            for (same = 0; same < n && w->tokens[b][same] == t[same]; same++) {
+            }
             again = same == n;
             if (same < least) least = same;
         }
@@ -292,7 +301,9 @@ static void place(worker *w, const sample *s, const batch *out, int64_t at, int 
         out->kind[at] = s->kind[i];
         out->branch[at] = s->branch[i];
         out->task[at] = (uint8_t)s->task;
-        out->weight[at] = s->kind[i] == KIND_PROMPT ? 0.0f : s->kind[i] == KIND_FILL ? weight * (float)w->mix->fill_weight : weight;
+        out->weight[at] = s->kind[i] == KIND_PROMPT ? 0.0f
+                          : s->kind[i] == KIND_FILL ? weight * (float)w->mix->fill_weight
+                                                    : weight;
     }
 }
 
@@ -308,8 +319,8 @@ void worker_init(worker *w, const source *src, uint64_t seed) {
 }
 
 /* Fills rows of `len` tokens; arrays [rows][len]. */
-void worker_fill(worker *w, const mixture *mix, int rows, int len, int16_t *id, int16_t *doc, int16_t *pos, uint8_t *kind,
-                 uint8_t *branch, uint8_t *task, float *weight) {
+void worker_fill(worker *w, const mixture *mix, int rows, int len, int16_t *id, int16_t *doc, int16_t *pos,
+                 uint8_t *kind, uint8_t *branch, uint8_t *task, float *weight) {
     batch out = {id, doc, pos, kind, branch, task, weight};
     int limit = mix->max_doc < len ? mix->max_doc : len;
     w->mix = mix;

@@ -289,7 +289,7 @@ START_TEST(attention_reuse_that_always_refreshes_is_exact) {
         run(&f, &o, some_prompt, PROMPT, &plain);
         o.reuse = RF_REUSE_FLASHBLOCK;
         o.reuse_refresh = 1;
-        r = run(&f, &o, some_prompt, PROMPT, &reused);
+        run(&f, &o, some_prompt, PROMPT, &reused);
         ck_assert_int_eq(reused.num_passes, plain.num_passes);
         for (int p = 0; p < plain.num_passes; p++)
             for (int k = 0; k < plain.num[p]; k++)

@@ -118,7 +118,7 @@ static void want_digits(const char *prompt, lines *want) {
     ck_assert_int_eq(sscanf(prompt, "%*[a-z] %63[0-9]=", digits), 1);
     int n = (int)strlen(digits);
     if (prompt[0] == 's') {
-        for (char d = '0'; d <= '9'; d++)
+        for (int d = '0'; d <= '9'; d++)
             for (int i = 0; i < n; i++)
                 if (digits[i] == d) add_text(want, "%c", d);
     } else {
@@ -162,7 +162,7 @@ static int solve_grid(char *grid, int cell, char *solved) {
         return 1;
     }
     int n = 0;
-    for (char v = '1'; v <= '4'; v++) {
+    for (char v = '1'; v != '5'; v++) {
         if (!fits(grid, cell, v)) continue;
         grid[cell] = v;
         n += solve_grid(grid, cell + 1, solved);

@@ -217,7 +217,7 @@ if [ -d "$models/text" ]; then
     yes "First Citizen: before we proceed any further, hear me speak." | head -n 200 >corpus.txt
     accepted "likelihood" eval text -m text-ar --device cpu -n 1 --corpus corpus.txt --json
     check "likelihood: finite" true_that "$(value out 0 nll) > 0"
-    sweep=(sweep -m text --device cpu --task add -n 2 --fewer-steps 8,1 --policy none+commit=threshold --policy dual+commit=threshold
+    sweep=(sweep -m text --device cpu --task add -n 2 --fewer-steps "8,1" --policy none+commit=threshold --policy dual+commit=threshold
         --policy dkv:variant=greedy --report report)
     accepted "sweep" "${sweep[@]}" --json
     check "sweep: results" [ "$(value out results '#')" = 6 ]
