@@ -2,7 +2,7 @@
  *
  * Loaded by train_text.py, together with ../tasks. Samples stand side by side in rows of fixed length, and what is left of a
  * row is filled with a piece of the corpus, so that no token is padding; `doc`, `pos` and `branch` say what may see what.
- * The tokenizer is the byte-level BPE of text_tokenizer.py for ASCII text, exact (train_text.py compares the two). */
+ * The tokenizer is the byte-level BPE of text_tokenizer.py, for ASCII text. */
 #include "../tasks/tasks.h"
 
 #include <math.h>
@@ -214,6 +214,7 @@ static bool add_end(worker *w, sample *s, int answer_begin, int limit) {
 static void text_piece(worker *w, sample *s, int len) {
     int64_t places = w->src->corpus_len - len;
     int64_t at = (int64_t)(draw_unit(w) * (double)(places > 0 ? places : 1));
+    if (len > 4096) len = 4096;
     s->len = 0;
     s->task = w->text_task;
     for (int i = 0; i < len && at + i < w->src->corpus_len; i++) put(s, w->src->corpus[at + i], i, KIND_TEXT, 0, 4096);
@@ -323,6 +324,7 @@ void worker_fill(worker *w, const mixture *mix, int rows, int len, int16_t *id, 
                  uint8_t *kind, uint8_t *branch, uint8_t *task, float *weight) {
     batch out = {id, doc, pos, kind, branch, task, weight};
     int limit = mix->max_doc < len ? mix->max_doc : len;
+    if (limit > 4096) limit = 4096; /* what a sample holds */
     w->mix = mix;
     for (int r = 0; r < rows; r++) {
         int used = 0, docs = 0;

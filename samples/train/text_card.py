@@ -4,7 +4,8 @@
         --run LOG.jsonl "mdm --out OUT --seconds 480 --seconds-total 880" \\
         --run LOG.jsonl "mdm --resume OUT --out OUT --seconds 425 --finish" [--eval LOG.jsonl "32 samples, CPU, f32"] > README.md
 
-`--run`: the log of a command of train_text.py and its arguments, in their order; the logs do not hold arguments, seed and hardware.
+`--run`: the log of a command of train_text.py and its arguments, in their order ("torchrun --nproc-per-node 2 | mdm ...": what
+stands before the script).
 `--eval`: a log with more scores (as `train_text.py eval` writes), and where they come from; they fill in what the runs' own
 evaluations, which stop after `--eval-seconds`, have not reached. Every number comes from these files; nothing is measured here."""
 import argparse
@@ -56,8 +57,10 @@ def run_of(log, command):
     steps = [e for e in log if "step" in e]
     end = next(e for e in log if "trained_s" in e)
     text = [r["nats_a_token"] for e in log for r in e.get("results", []) if r["task"] == "text"]
-    return dict(command=command, start=start, steps=steps, end=end, minutes=end["at_s"] / 60, taken=end["steps"] - start["steps"],
-                tokens=(end["steps"] - start["steps"]) * start["rows"] * start["length"], scores=scores_of(log), text=text[-1] if text else None)
+    launcher, command = command.split(" | ") if " | " in command else ("python", command)
+    ranks = int(launcher.split()[-1]) if launcher.startswith("torchrun") else 1
+    return dict(command=f"{launcher} samples/train/train_text.py {command}", start=start, steps=steps, end=end, minutes=end["at_s"] / 60, taken=end["steps"] - start["steps"],
+                tokens=(end["steps"] - start["steps"]) * start["rows"] * start["length"] * ranks, scores=scores_of(log), text=text[-1] if text else None)
 
 
 def score_table(diffusion, sure, fast):
@@ -149,7 +152,8 @@ def main():
             notes.append(f"Rows of {' and '.join(sorted({str(r['n']) for r in new[0]}))} samples: {where}.")
         if new[1]:
             notes.append(f"Threshold 0.9: {where}.")
-    commands = "\n".join(f"    python samples/train/train_text.py {r['command']}" for r in runs)
+    commands = "\n".join(textwrap.fill(r["command"], WIDTH - 6, initial_indent="    ", subsequent_indent="        ", break_long_words=False,
+                                       break_on_hyphens=False).replace("\n", " \\\n") for r in runs)
     curve = []
     for number, r in enumerate(runs, 1):
         every = max(1, len(r["steps"]) * len(runs) // CURVE_ROWS)
@@ -157,7 +161,7 @@ def main():
             curve.append([e["step"], e["loss"], e["rate"], f"{e['tokens_s']:,}"] + ([number] if len(runs) > 1 else []))
     counted = {"llada": "a forward is one pass over prompt and answer, until the text before the first end-of-text is there; blocks of 32 tokens",
                "sdar": f"a forward is one pass over everything so far; blocks of {config.get('block_size')} tokens"}.get(kind)
-    how = {"llada": "LLaDA's objective, the number of masked tokens drawn uniformly; a third of the samples masked as in semi-autoregressive decoding",
+    how = {"llada": "LLaDA's objective, the number of masked tokens drawn uniformly; a part of the samples masked as in semi-autoregressive decoding (`--suffix-part`)",
            "sdar": "the training mask of BD3-LM over a noisy and a clean copy of each row, which tokens/s counts both",
            "llama": "next token, answers and text only; several questions about one context share its tokens"}[kind]
     size = sum(p.stat().st_size for p in files)
@@ -174,8 +178,7 @@ def main():
     where = f"""On one {args.hardware}, {sum(r['minutes'] for r in runs):.1f} minutes, compiling included{', from ' + args.before if args.before else ''};
         seed {args.seed}:"""
     training = f"""{sum(r['taken'] for r in runs):,} steps, {sum(r['tokens'] for r in runs) / 1e9:.2f} billion tokens in rows of
-        {last['start']['length']:,} packed with whole samples, {last['start']['optimizer']}, rate {last['start']['lr']:g} annealed to 2 % of it, weight
-        average exported. {how[0].upper() + how[1:]}. Sizes grow while it trains and a task's share falls as it is learned, so the loss is
+        {last['start']['length']:,} packed with whole samples, adamw, rate annealed to 2 % of its start (`--restart`: in each command), weight average exported. {how[0].upper() + how[1:]}. Sizes grow while it trains and a task's share falls as it is learned, so the loss is
         of a changing mixture: compare it within a command only."""
     scoring = f"""Exact match, seeds 0 up, sizes drawn from the task's usual range where none is
         named; greedy, uncached. Prompt and answer: mean length in tokens, end-of-text included."""

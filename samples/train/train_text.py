@@ -14,9 +14,12 @@ time over all commands, along which the rate anneals and samples lengthen; `--fi
 log.jsonl and checkpoint.pt.NN: the averaged weights in bf16, one piece under 16 MiB, from which `export` makes the model folder
 and any command can go on; WORK (or OUT with --keep all) has weights in f32 and Adam's second moment besides, four pieces.
 
+Several GPUs of one host: `torchrun --nproc-per-node N train_text.py ...`; each draws samples of its own, gradients are averaged,
+and a step has N times the tokens.
+
 Masked diffusion: LLaDA's objective with the number of masked tokens drawn uniformly (the variant with exact counts of its
 likelihood bound; weight n / masked); a part of the samples is masked as in semi-autoregressive decoding, clean before a
-window and masked after it. Block twin: the training mask of BD3-LM over [x_t ; x_0], unshifted."""
+window and masked after it: there the window is masked more often than not, and what lies behind it weighs a tenth. Block twin: the training mask of BD3-LM over [x_t ; x_0], unshifted."""
 import argparse
 import ctypes
 import io
@@ -148,9 +151,9 @@ def byte_chars():
 class Mix:
     """What is drawn: sizes grow with progress; a task's share of tokens falls as it is learned."""
 
-    def __init__(self, tasks, kind, max_doc):
+    def __init__(self, tasks, kind, max_doc, share):
         self.tasks, self.kind, self.max_doc = tasks, kind, max_doc
-        self.share = dict(SHARE, **(SHARE_AR if kind == "ar" else {}))
+        self.share = {**SHARE, **(SHARE_AR if kind == "ar" else {}), **share}
         self.fail = {n: 1.0 for n in tasks.names}
         self.struct = Mixture(layout={"ar": 0, "mdm": 1, "block": 2}[kind], block=BLOCK, branches=6, eos=EOS, text_low=64, text_high=64,
                               max_doc=max_doc, fill_weight=0.1, aware_part=0.25)
@@ -358,12 +361,15 @@ def mask_tokens(b, kind, suffix_part):
     windowed = draw() < (suffix_part if kind == "mdm" else 0.0)
     cut = torch.where(windowed, (draw() * n).floor(), 0.0)
     width = torch.where(windowed, torch.minimum(8.0 * 2.0 ** (draw() * 4).floor(), n - cut), n)
-    m = (n - cut - width) + (draw() * width).ceil().clamp(min=1.0)
+    inside = (torch.where(windowed, 1 - draw().square(), draw()) * width).ceil().clamp(min=1.0)
+    m = (n - cut - width) + inside
     group = torch.where(maskable, torch.where(index < cut, 2, torch.where(index < cut + width, 1, 0)), 3)
     key = (seg * 4 + group) * 65536 + (torch.rand(rows, t, device=dev) * 65536).long()
     rank = torch.empty_like(key).scatter_(1, key.argsort(1), place) - begin
     masked = maskable & (rank < m)
-    return masked, b["weight"] * n / m.clamp(min=1.0), seg
+    behind = (n - cut - width).clamp(min=1.0)
+    weight = torch.where(windowed, torch.where(group == 0, 0.1 * n / behind, n / inside), n / m.clamp(min=1.0))
+    return masked, b["weight"] * weight, seg
 
 
 def visible(kind, doc, pos, branch, t):
@@ -534,6 +540,10 @@ def read_pieces(folder):
     if not pieces:
         raise SystemExit(f"no checkpoint.pt.NN in {folder}")
     return torch.load(io.BytesIO(b"".join(p.read_bytes() for p in pieces)), map_location="cpu", weights_only=True)
+
+
+def flat_here(tensors):
+    return torch.cat([t.detach().reshape(-1) for t in tensors])
 
 
 def flat(tensors, dtype):
@@ -784,10 +794,15 @@ def evaluate(run, model, tasks, seconds, samples):
 class Run:
     def __init__(self, args):
         self.args = args
-        self.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.rank, self.ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.device = torch.device(args.device or (f"cuda:{self.rank}" if torch.cuda.is_available() else "cpu"))
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        if self.ranks > 1:
+            torch.distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         self.out = Path(args.out)
         self.out.mkdir(parents=True, exist_ok=True)
-        self.file = open(self.out / "log.jsonl" if args.stage != "export" else os.devnull, "a")
+        self.file = open(self.out / "log.jsonl" if args.stage != "export" and self.rank == 0 else os.devnull, "a")
         torch.manual_seed(args.seed)
         torch.set_float32_matmul_precision("high")
 
@@ -795,7 +810,25 @@ class Run:
         k = {"at_s": round(elapsed(), 1), **k}
         line = json.dumps(k)
         print(line, file=self.file, flush=True)
-        print(f"[{self.args.stage}] {line[:600]}", flush=True)
+        if self.rank == 0:
+            print(f"[{self.args.stage}] {line[:600]}", flush=True)
+
+    def average(self, tensors):
+        """In place, over the processes."""
+        if self.ranks > 1:
+            together = flat_here(tensors)
+            torch.distributed.all_reduce(together)
+            together /= self.ranks
+            for t, part in zip(tensors, together.split([t.numel() for t in tensors])):
+                t.copy_(part.view_as(t))
+
+    def agree(self, value):
+        """The value of process 0."""
+        if self.ranks == 1:
+            return value
+        t = torch.tensor([float(value)], device=self.device)
+        torch.distributed.broadcast(t, 0)
+        return t.item()
 
     def autocast(self):
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda")
@@ -876,6 +909,7 @@ def train(run):
         model.to(run.device)
     elif state is not None:
         raise SystemExit(f"--resume is a {state['kind']} checkpoint")
+    torch.manual_seed(args.seed + 7919 * run.rank)  # what is masked
     opt = Optimizer(args.optimizer, model, args.decay)
     if state is not None and state["kind"] == kind:
         opt.steps = steps
@@ -891,26 +925,28 @@ def train(run):
             opt.load_second_moments(moments, steps)
     del state
     length = args.length // 2 if kind == "block" else args.length
-    mix = Mix(tasks, kind, length)
+    mix = Mix(tasks, kind, length, dict(args.share))
     if fail:
         mix.fail.update(fail)
     remaining = args.seconds - elapsed()
     total = spent + remaining if args.finish or not args.seconds_total else args.seconds_total
     mix.update(spent / total)
-    threads = args.threads or max(1, min(14, (os.cpu_count() or 2) - 2))
+    threads = args.threads or max(1, min(14, ((os.cpu_count() or 2) - 2) // run.ranks))
     rows = max(1, args.tokens // args.length)
-    feeder = Feeder(tasks, mix, rows, length, args.seed + steps, threads, run.device.type == "cuda")
+    feeder = Feeder(tasks, mix, rows, length, args.seed + steps + 500009 * run.rank, threads, run.device.type == "cuda")
     run.log(kind=kind, parameters=sum(p.numel() for p in model.parameters()), rows=rows, length=length, threads=threads, spent_s=spent, total_s=total,
-            steps=steps, optimizer=args.optimizer, lr=args.lr, device=str(run.device))
+            steps=steps, arguments=vars(args), hardware=torch.cuda.get_device_name() if run.device.type == "cuda" else "CPU", torch=torch.__version__)
     step_fn, way = choose_step(run, model, feeder.next(run.device), len(tasks.names))
     begin, first_step = time.time(), steps
     compiled = begin - START
     total = spent + args.seconds - compiled if args.finish or not args.seconds_total else args.seconds_total
     run.log(attention=way, training_starts_s=round(compiled, 1), total_s=total)
     sums = torch.zeros(2, len(tasks.names), device=run.device)
-    losses, logged, saved, updated, bad = [], begin, begin, begin, 0
+    losses, logged, saved, updated, bad, late = [], begin, begin, begin, 0, False
 
     def save():
+        if run.rank > 0:
+            return
         base = {"kind": kind, "shape": shape, "steps": steps, "spent_s": spent + time.time() - begin, "fail": mix.fail, "optimizer": args.optimizer,
                 "ema": flat(opt.ema, torch.bfloat16)}
         second = opt.second_moments()
@@ -922,14 +958,18 @@ def train(run):
 
     while True:
         now = time.time()
-        if elapsed() > args.seconds or (args.max_steps and steps - first_step >= args.max_steps):
+        if steps % 10 == 0:
+            late = run.agree(elapsed() > args.seconds) > 0
+        if late or (args.max_steps and steps - first_step >= args.max_steps):
             break
         progress = min(1.0, (spent + now - begin) / total)
-        rate = args.lr * min(1.0, (steps + 1) / args.warmup, (steps - first_step + 1) / 50) * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * progress)))
+        annealed = (now - begin) / (total - spent) if args.restart else progress
+        rate = run.agree(args.lr * min(1.0, (steps + 1) / args.warmup, (steps - first_step + 1) / 50) * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * min(1.0, annealed)))))
         loss, stats = step_fn(prepare(feeder.next(run.device), kind))
         for p in opt.params:
             p.grad = None
         loss.backward()
+        run.average([p.grad for p in opt.params])
         norm = torch.nn.utils.clip_grad_norm_(opt.params, 1.0, foreach=True)
         opt.step(rate, args.ema)
         sums += stats
@@ -950,7 +990,7 @@ def train(run):
                 sums.zero_()
                 seconds = max(1e-6, time.time() - logged)
                 run.log(step=steps, progress=round(progress, 3), loss=round(mean, 4), norm=round(norm.item(), 3), rate=round(rate, 6),
-                        tokens_s=round(len(losses) * rows * args.length / seconds), ready=feeder.ready.qsize(), accuracy=accuracy)
+                        tokens_s=round(len(losses) * rows * args.length * run.ranks / seconds), ready=feeder.ready.qsize(), accuracy=accuracy)
                 losses, logged = [], time.time()
             if now - updated > 8 or args.smoke:
                 mix.update(progress)
@@ -960,6 +1000,11 @@ def train(run):
             saved = now
     save()
     feeder.stop()
+    if run.ranks > 1:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+        if run.rank > 0:
+            return
     run.log(trained_s=round(time.time() - begin, 1), steps=steps, checkpoint=str(run.out))
     vector_to(model, flat(opt.ema, torch.bfloat16).float())  # as it is shipped
     if args.finish and args.folder:
@@ -982,6 +1027,11 @@ def finish_eval(run, model, tasks):
             print(r, flush=True)
 
 
+def task_share(text):
+    name, share = text.split("=")
+    return name, float(share)
+
+
 def main():
     ap = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     ap.add_argument("stage", choices=[*KINDS, "eval", "export"])
@@ -991,6 +1041,8 @@ def main():
     ap.add_argument("--seconds", type=float, default=540.0, help="until training ends, start included; default %(default)s")
     ap.add_argument("--seconds-total", type=float, default=0.0, help="of training over all commands; default: this one alone")
     ap.add_argument("--finish", action="store_true", help="anneal to the end of this command and write the model folder")
+    ap.add_argument("--restart", action="store_true", help="the rate anneals over this command, from its start")
+    ap.add_argument("--share", type=task_share, action="append", default=[], metavar="TASK=SHARE", help="another share of the tokens")
     ap.add_argument("--eval-seconds", type=float, default=60.0, help="0: none; default %(default)s")
     ap.add_argument("--samples", type=int, default=128, help="of each task, evaluated; default %(default)s")
     ap.add_argument("--tokens", type=int, default=65536, help="in a step; default %(default)s")
