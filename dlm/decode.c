@@ -32,6 +32,7 @@ rf_decode_options rf_decode_options_default(const rf_text_model *model) {
                                .accept_k = 5,
                                .accept_threshold = 0.1,
                                .guide_chunk = 32,
+                               .kv_ratio = 1.0,
                                .prefill_chunk = 2048,
                                .use_graphs = true};
 }
@@ -87,7 +88,9 @@ rf_status rf_decode_options_check(const rf_decode_options *o, const rf_text_mode
     const rf_text_desc *desc = &model->desc;
     if (o->max_new < 1) return rf_fail(err, RF_ERR_ARGUMENT, "new tokens: %d, must be at least 1", (int)o->max_new);
     if (prompt_len < 1) return rf_fail(err, RF_ERR_ARGUMENT, "the prompt is empty");
-    if ((int64_t)prompt_len + o->max_new > desc->max_positions)
+    /* positions by place in the cache have no end */
+    const bool endless = o->kv && o->kv->position == RF_KV_POSITION_CACHE;
+    if ((int64_t)prompt_len + (endless ? 0 : o->max_new) > desc->max_positions)
         return rf_fail(err, RF_ERR_ARGUMENT, "%d prompt tokens and %d new ones do not fit the model's %lld positions",
                        (int)prompt_len, (int)o->max_new, (long long)desc->max_positions);
     if (o->steps < 0 || o->block < 0 || o->top_k < 0)
@@ -100,6 +103,11 @@ rf_status rf_decode_options_check(const rf_decode_options *o, const rf_text_mode
         return rf_fail(err, RF_ERR_ARGUMENT, "threshold, entropy bound and alg-temp >= 0, factor > 0 are wanted");
     if (o->reuse_refresh < 0 || o->accept_k < 1 || o->guide_chunk < 1)
         return rf_fail(err, RF_ERR_ARGUMENT, "refresh >= 0, accept-k and guide chunk >= 1 are wanted");
+    if (o->kv_budget < 0 || !(o->kv_ratio >= 0.0 && o->kv_ratio <= 1.0) || o->kv_context < 0)
+        return rf_fail(err, RF_ERR_ARGUMENT, "cache budget and context >= 0, ratio 0..1 are wanted");
+    if (desc->attention != RF_TEXT_CAUSAL && o->kv)
+        return rf_fail(err, RF_ERR_UNSUPPORTED, "a cache budget is for autoregressive models, %s is not one",
+                       desc->family);
     if (desc->attention != RF_TEXT_CAUSAL) return check_diffusion(o, desc, err);
     if (o->row_policy || o->reuse != RF_REUSE_NONE || o->cfg_scale != 0.0 || o->guide)
         return rf_fail(err, RF_ERR_UNSUPPORTED,
@@ -139,6 +147,28 @@ static rf_status take_lists(rf_decoder *d, rf_error *err) {
     return RF_OK;
 }
 
+static rf_status create_budget(rf_decoder *d, const rf_decode_options *o, rf_error *err) {
+    rf_kv_session_options so = rf_kv_session_options_default();
+    const int64_t positions = d->model->desc.max_positions;
+    so.rule = d->kv_rule = *o->kv;
+    so.budget = o->kv_budget;
+    so.ratio = o->kv_ratio;
+    so.max_prompt = d->capacity < positions ? d->capacity : (int32_t)positions;
+    so.max_new = o->kv_context > 0 ? d->capacity : o->max_new;
+    so.prefill_chunk = o->prefill_chunk > 0 ? o->prefill_chunk : so.max_prompt;
+    so.use_graphs = o->use_graphs;
+    so.tune_gemm = o->tune_gemm;
+    so.gemm_tuning = o->gemm_tuning;
+    RF_TRY(rf_kv_session_create(&d->kv, d->model, &so, err));
+    if (!rf_decode_needs_logits(o)) return RF_OK;
+    const rf_kv_draw draw = {.keep_logits = true};
+    return rf_kv_session_set_draw(d->kv, &draw, err);
+}
+
+rf_kv_session *rf_decoder_kv(const rf_decoder *d) {
+    return d->kv;
+}
+
 static rf_status create(rf_decoder *d, const rf_decode_options *o, int32_t capacity, rf_error *err) {
     const rf_text_desc *desc = &d->model->desc;
     const rf_row_rules *rules = rules_of(o->row_policy);
@@ -148,7 +178,8 @@ static rf_status create(rf_decoder *d, const rf_decode_options *o, int32_t capac
         return rf_fail(err, RF_ERR_ARGUMENT,
                        "%s caches features of diffusion transformers, it is not a row policy of text models",
                        rf_policy_get_def(o->row_policy)->name);
-    if (capacity < 2 || capacity > desc->max_positions)
+    const bool endless = o->kv && o->kv->position == RF_KV_POSITION_CACHE;
+    if (capacity < 2 || (capacity > desc->max_positions && !endless))
         return rf_fail(err, RF_ERR_ARGUMENT, "%d rows: the model has %lld positions", (int)capacity,
                        (long long)desc->max_positions);
     d->capacity = capacity;
@@ -174,6 +205,10 @@ static rf_status create(rf_decoder *d, const rf_decode_options *o, int32_t capac
         d->entries = rf_alloc_zero((size_t)desc->vocab, sizeof *d->entries);
         if (!d->logits || !d->entries) return rf_fail(err, RF_ERR_MEMORY, "decoder: out of memory for logits");
     }
+    if (o->kv && !causal)
+        return rf_fail(err, RF_ERR_UNSUPPORTED, "a cache budget is for autoregressive models, %s is not one",
+                       desc->family);
+    if (o->kv) return create_budget(d, o, err);
     if (o->reuse == RF_REUSE_FLASHBLOCK) d->num_slots = blocks ? block : d->capacity;
 
     rf_text_session_options so = rf_text_session_options_default();
@@ -216,6 +251,7 @@ void rf_decoder_destroy(rf_decoder *d) {
     if (!d) return;
     rf_guide_destroy(d->guide);
     rf_text_session_destroy(d->session);
+    rf_kv_session_destroy(d->kv);
     rf_policy_destroy((rf_policy *)d->row_policy);
     rf_free(d->policy_state);
     rf_free(d->lists);
@@ -229,6 +265,14 @@ void rf_decoder_destroy(rf_decoder *d) {
     rf_free(d);
 }
 
+/* By what describes them: copies of a rule may differ in padding. */
+static bool same_rule(const rf_kv_rule *a, const rf_kv_rule *b) {
+    char text[2][1024];
+    rf_kv_rule_describe(a, text[0], sizeof text[0]);
+    rf_kv_rule_describe(b, text[1], sizeof text[1]);
+    return strcmp(text[0], text[1]) == 0;
+}
+
 /* What the session's planes were made for must still be what is asked. */
 static rf_status check_same_shape(const rf_decoder *d, const rf_decode_options *o, rf_error *err) {
     const rf_row_rules *have = rules_of(d->row_policy), *want = rules_of(o->row_policy);
@@ -238,6 +282,7 @@ static rf_status check_same_shape(const rf_decoder *d, const rf_decode_options *
     if ((o->cfg_scale != 0.0) != d->has_cfg) what = "guidance (cfg)";
     if ((o->guide != NULL) != (d->guide != NULL)) what = "guide";
     if (rf_decode_needs_logits(o) && !d->logits) what = "sampling filter";
+    if ((o->kv != NULL) != (d->kv != NULL) || (o->kv && !same_rule(o->kv, &d->kv_rule))) what = "kv rule";
     if (what) return rf_fail(err, RF_ERR_STATE, "%s differs from what the decoder was created with", what);
     return RF_OK;
 }
@@ -258,9 +303,15 @@ rf_status rf_decoder_run(rf_decoder *d, const rf_decode_options *o, const int32_
     memcpy(d->tokens, prompt, (size_t)prompt_len * sizeof *prompt);
     d->trace_len = 0;
     if (d->trace) d->trace[0] = '\0';
-    rf_text_session_reset_counts(d->session);
+    if (d->session) rf_text_session_reset_counts(d->session);
+    if (d->kv) rf_kv_session_reset_counts(d->kv);
     if (d->guide) rf_guide_reset(d->guide);
     d->run_started_ms = rf_decode_now_ms();
+    if (d->kv) {
+        RF_TRY(rf_decode_budget(d, o, prompt_len, progress, user, r, err));
+        r->tokens = d->tokens + prompt_len;
+        return RF_OK;
+    }
     if (desc->attention == RF_TEXT_CAUSAL)
         RF_TRY(rf_decode_causal(d, o, prompt_len, progress, user, r, err));
     else
@@ -283,7 +334,10 @@ rf_status rf_decoder_run(rf_decoder *d, const rf_decode_options *o, const int32_
 rf_status rf_decode_sample(rf_decoder *d, const rf_decode_options *o, int32_t row, int32_t step, int32_t position,
                            int32_t history, rf_token_stats *stats, rf_error *err) {
     enum { STREAM_SAMPLE = 4 }; /* of the counter generator: dlm/commit.c has the others */
-    RF_TRY(rf_text_session_read_logits(d->session, row, d->logits, err));
+    if (d->kv)
+        RF_TRY(rf_kv_session_read_logits(d->kv, row, d->logits, err));
+    else
+        RF_TRY(rf_text_session_read_logits(d->session, row, d->logits, err));
     if (d->model->desc.mask_id >= 0 && !o->allow_mask) d->logits[d->model->desc.mask_id] = -INFINITY;
     const rf_sampling s = {.temperature = o->temperature,
                            .top_k = o->top_k,
@@ -337,6 +391,7 @@ rf_status rf_decoder_nll(rf_decoder *d, const int32_t *tokens, int32_t len, int3
     if (from < 1 || from >= len || len > d->capacity)
         return rf_fail(err, RF_ERR_ARGUMENT, "tokens %d to %d: 1 <= from < length <= %d is wanted", (int)from, (int)len,
                        (int)d->capacity);
+    if (d->kv) return rf_decode_budget_nll(d, tokens, len, from, nll, err);
     enum { CHUNK = 64 };
     double sum = 0.0;
     for (int32_t begin = 0; begin < len - 1;) {

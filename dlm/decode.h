@@ -8,7 +8,7 @@
 #define RF_DLM_DECODE_H
 
 #include "caching/rows/rows.h"
-#include "dlm/forward.h"
+#include "dlm/kv_session.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -82,6 +82,14 @@ typedef struct {
     double accept_threshold; /* 0.1 */
     int32_t guide_chunk;     /* tokens verified a pass; 32 */
 
+    /* autoregressive: a cache budget (dlm/kv_session.h). NULL = the plain cache; borrowed while the decoder is made. */
+    const rf_kv_rule *kv;
+    int32_t kv_budget; /* tokens a layer and key head; 0 = from kv_ratio */
+    double kv_ratio;   /* of the compressed tokens; 1 = all */
+    /* So many tokens of the prompt are compressed as if nothing followed, the rest is fed behind; 0 = all. A decoder that
+     * was made with 0 has no room for such a rest. */
+    int32_t kv_context;
+
     int32_t prefill_chunk; /* rows of a prefill pass; 0 = all */
     bool use_graphs, tune_gemm;
     const char *gemm_tuning;
@@ -104,6 +112,11 @@ typedef struct {
     int64_t refreshes;                                 /* passes that renewed everything */
     int64_t external_rows_reused, external_rows_fresh; /* attention reuse, rows x passes */
     int num_graphs;
+    /* with a cache budget, at the end of the run: what is kept and what a full cache would be */
+    size_t kv_kept_bytes, kv_full_bytes, kv_pool_bytes;
+    int64_t kv_evictions;
+    double kv_score_ms, kv_step_score_ms; /* behind the prompt, and while decoding */
+    int32_t kv_budget;                    /* tokens; 0 = no limit */
 } rf_decode_result;
 
 /* Called after each pass (diffusion: the canvas as it stands, masks included) or token (autoregressive: all new tokens so far).
@@ -119,6 +132,8 @@ void rf_decoder_destroy(rf_decoder *decoder); /* NULL is a no-op */
 rf_status rf_decoder_run(rf_decoder *decoder, const rf_decode_options *options, const int32_t *prompt,
                          int32_t prompt_len, rf_decode_progress progress, void *user, rf_decode_result *result,
                          rf_error *err);
+/* The session with a cache budget, NULL without: what it keeps can be read between runs. */
+rf_kv_session *rf_decoder_kv(const rf_decoder *decoder);
 /* One line a pass: step, block, rows, visible, candidates, committed, refresh, reuse. After a run with record_trace. */
 typedef void (*rf_decode_line)(void *user, const char *line);
 rf_status rf_decoder_write_trace(const rf_decoder *decoder, rf_decode_line line, void *user, rf_error *err);

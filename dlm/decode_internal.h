@@ -9,7 +9,9 @@
 
 struct rf_decoder {
     const rf_text_model *model;
-    rf_text_session *session;
+    rf_text_session *session; /* one of the two */
+    rf_kv_session *kv;
+    rf_kv_rule kv_rule;
     rf_guide *guide;
     int32_t capacity;  /* rows, whole blocks */
     int32_t num_slots; /* of external attention */
@@ -58,6 +60,12 @@ rf_status rf_decode_trace(rf_decoder *d, const rf_decode_options *o, rf_error *e
 
 rf_status rf_decode_causal(rf_decoder *d, const rf_decode_options *o, int32_t prompt, rf_decode_progress progress,
                            void *user, rf_decode_result *r, rf_error *err);
+/* The same with a cache budget. */
+rf_status rf_decode_budget(rf_decoder *d, const rf_decode_options *o, int32_t prompt, rf_decode_progress progress,
+                           void *user, rf_decode_result *r, rf_error *err);
+/* tokens[0..from) are a prompt, the others follow one by one. */
+rf_status rf_decode_budget_nll(rf_decoder *d, const int32_t *tokens, int32_t len, int32_t from, double *nll,
+                               rf_error *err);
 rf_status rf_decode_diffusion(rf_decoder *d, const rf_decode_options *o, int32_t prompt, rf_decode_progress progress,
                               void *user, rf_decode_result *r, rf_error *err);
 

@@ -200,6 +200,7 @@ int64_t rf_text_keys_seen(const rf_text_pass *pass, int b, int32_t position);
 /* --- pass_layers.c
  * ----------------------------------------------------------------------------------------------------- */
 
+rf_norm_args rf_text_norm_args(const rf_text_session *s, const void *x, void *y, int64_t m, const float *weight);
 /* Into x and h: embedded tokens, or the kept inputs of the first layer, and the first layer's norm. */
 rf_status rf_text_queue_inputs(const rf_text_run *run, rf_error *err);
 rf_status rf_text_queue_layer(const rf_text_run *run, int layer, rf_error *err);
@@ -215,10 +216,10 @@ static inline char *rf_text_plane(const rf_text_session *s, char *plane, int lay
            (size_t)layer * (size_t)s->options.batch * (size_t)s->cache_rows * (size_t)cols * rf_dtype_bytes(dtype);
 }
 static inline char *rf_text_keys(const rf_text_session *s, int layer) {
-    return rf_text_plane(s, s->b.k, layer, s->kv_cols, s->model->dtype);
+    return rf_text_plane(s, s->b.k, s->options.one_layer ? 0 : layer, s->kv_cols, s->model->dtype);
 }
 static inline char *rf_text_values(const rf_text_session *s, int layer) {
-    return rf_text_plane(s, s->b.v, layer, s->kv_cols, s->model->dtype);
+    return rf_text_plane(s, s->b.v, s->options.one_layer ? 0 : layer, s->kv_cols, s->model->dtype);
 }
 
 /* y [m, n] = x [m, k] w^T + bias. */

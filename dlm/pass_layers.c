@@ -24,7 +24,7 @@ rf_status rf_text_copy_rows(const rf_text_run *run, bool gather, const void *src
     return (gather ? run->s->ops->gather_rows : run->s->ops->scatter_rows)(run->stream, &args, err);
 }
 
-static rf_norm_args norm_args(const rf_text_session *s, const void *x, void *y, int64_t m, const float *weight) {
+rf_norm_args rf_text_norm_args(const rf_text_session *s, const void *x, void *y, int64_t m, const float *weight) {
     return (rf_norm_args){.x = x,
                           .y = y,
                           .x_dtype = s->options.residual_dtype,
@@ -164,7 +164,7 @@ rf_status rf_text_queue_inputs(const rf_text_run *run, rf_error *err) {
         RF_TRY(rf_text_copy_rows(run, true, inputs, s->b.x, rf_text_at(run, run->at.positions),
                                  s->options.residual_dtype, run->rows, hidden, err));
     }
-    rf_norm_args norm = norm_args(s, s->b.x, s->b.h, run->rows, model->layers[first].attention_norm);
+    rf_norm_args norm = rf_text_norm_args(s, s->b.x, s->b.h, run->rows, model->layers[first].attention_norm);
     return s->ops->norm(run->stream, &norm, err);
 }
 
@@ -207,7 +207,7 @@ rf_status rf_text_queue_layer(const rf_text_run *run, int layer, rf_error *err) 
 static rf_status head_inputs(const rf_text_run *run, rf_error *err) {
     const rf_text_session *s = run->s;
     int64_t num = run->shape.head_rows, hidden = s->model->desc.hidden;
-    rf_norm_args norm = norm_args(s, s->b.x, s->b.head_h, num, s->model->final_norm);
+    rf_norm_args norm = rf_text_norm_args(s, s->b.x, s->b.head_h, num, s->model->final_norm);
     norm.rows = rf_text_at(run, run->at.head_rows);
     if (run->shape.cfg == 0) return s->ops->norm(run->stream, &norm, err);
     norm.y = s->b.head_f32;

@@ -1,8 +1,9 @@
 /* kernels/attention.cu - the attention entry point: which kernel runs; and the two small companions, merge and softmax.
  * Choice   f32: the plain kernel. bf16: the decode kernel for few query rows against many keys and for every output but a
- *          plain one (f32, listed rows, joined); wgmma where it is faster (sm_90, dense keys, no mask, at least 64 query
- *          rows); else mma.sync with the tile that its own chooser picks. args->kernel forces one; what it cannot run is
- *          an error. With rotary positions: the kernel of few keys, which AUTO does not use without them.
+ *          plain one (f32, listed rows, joined); wgmma where it is faster (sm_90, dense keys; at least 64 query rows, or
+ *          128 that fill the card under a mask or kv_lens); else mma.sync with the tile that its own chooser picks.
+ *          args->kernel forces one; what it cannot run is an error. With rotary positions: the kernel of few keys, which
+ *          AUTO does not use without them.
  * Checked  tests/kernels against the CPU table. */
 #include <cuda_runtime.h>
 #include <limits.h>
@@ -114,7 +115,7 @@ static rf_status choose(const rf_attention_args *args, int sm, int num_sms, rf_a
         *kernel = RF_ATTENTION_DECODE;
         return RF_OK;
     }
-    if (args->kernel == RF_ATTENTION_AUTO && sm == 90 && rf_attention_wgmma_wins(args) &&
+    if (args->kernel == RF_ATTENTION_AUTO && sm == 90 && rf_attention_wgmma_wins(args, num_sms) &&
         rf_attention_wgmma_check(args, sm, NULL) == RF_OK) {
         *kernel = RF_ATTENTION_WGMMA;
         return RF_OK;

@@ -100,8 +100,8 @@ rf_status rf_attention_f32_run(rf_stream *stream, const rf_attention_args *args,
 /* Hopper kernel: RF_OK if it can take these arguments on a device of this architecture (0 = unknown, plan time). */
 rf_status rf_attention_wgmma_check(const rf_attention_args *args, int sm, rf_error *err);
 rf_status rf_attention_wgmma_run(rf_stream *stream, const rf_attention_args *args, rf_error *err);
-/* True if AUTO should prefer it for these arguments. */
-bool rf_attention_wgmma_wins(const rf_attention_args *args);
+/* True if AUTO should prefer it for these arguments on a device of num_sms SMs. */
+bool rf_attention_wgmma_wins(const rf_attention_args *args, int num_sms);
 
 /* Few keys, with or without rotary positions (attention_small.cu): RF_OK, or RF_ERR_UNSUPPORTED and why. */
 rf_status rf_attention_small_check(const rf_attention_args *args, rf_error *err);

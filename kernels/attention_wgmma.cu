@@ -1,14 +1,23 @@
 /* kernels/attention_wgmma.cu - attention on Hopper's warpgroup tensor cores, for dense keys.
  * Maths    As attention_mma.cu: online softmax over tiles of keys, p = 2^(c s - c m), c = scale log2 e; out = o / l,
  *          lse = (c m + log2 l) ln 2.
- * Shapes   q, k, v, out bf16, head_dim 64, 72 or 128; no lists, no kv_lens, at most one range, no mask; query heads may share
- *          key heads. head_dim 72 is exact in P V (n = 72) and padded to 80 by one zero chunk in Q K^T.
+ * Shapes   q, k, v, out bf16, head_dim 64, 72 or 128; no lists, at most one range; query heads may share key heads.
+ *          head_dim 72 is exact in P V (n = 72) and padded to 80 by one zero chunk in Q K^T.
+ * Limits   kv_lens and masks are an instance of their own (LIMITS): query i sees the first limit(i) keys, and limits do not
+ *          fall from one query to the next. An item walks the keys that its last row sees; keys from there on are zeros in
+ *          shared memory, so that a stale or unseen V row cannot spoil 0 * v. Tiles below the limit of a warp's first row
+ *          take no mask. A row's bits do not depend on the other rows of its item: a tile of which it sees nothing scales
+ *          by 1 and adds 0; and they are those of the instance without limits where nothing is hidden.
  * Launch   An item is a tile of 64 * WGS query rows of one head of one sample. Two forms:
  *          resident  one warpgroup, all keys in shared memory (two tiles), a block per item: every warp copies, then
  *                    computes. For short sequences in grids that do not fill the card.
  *          ring      two warpgroups of 64 rows and four producer warps; as many blocks as SMs, each walks over items. The
  *                    producers run ahead into the next item (two stages of Q, two or three of K and V), so that loads,
  *                    products and stores of neighbouring items overlap.
+ *          With limits the items are dealt out there and back (0..G-1, G-1..0, ...), in sections of as many heads as keep
+ *          their keys in L2. Inside a section row tiles of like length follow each other, in one section from the last row
+ *          tile to the first, in the next back again: weights change slowly, so that what a block gets evens out, and the
+ *          shortest items come last.
  * Shared   Columns go in blocks of 64 with the 128-byte swizzle: [row][128 bytes], chunk c of row r at chunk c ^ (r & 7); one
  *          block serves Q and K as K-major operands and V as an MN-major one, and a row's copy fills a whole 128-byte line.
  *          The ninth chunk of head_dim 72: Q and K keep it in a plane [row][16 bytes] without swizzle (eight rows are a core
@@ -21,6 +30,7 @@
  * Arch     sm_90a; elsewhere the file holds the refusal only. Checked  tests/kernels against the CPU definition. */
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
+#include <limits.h>
 #include <math.h>
 
 #include "kernels/attention_cuda.cuh"
@@ -54,6 +64,11 @@ template <int HD, int WGS, int PRODUCERS> struct wg_shape {
      * of theirs. */
     static constexpr bool MOVES_REGISTERS = HD == 128 && WGS == 2;
 };
+
+/* The items of a launch. LIMITS: sections of section_pairs (head, sample) pairs, the last one may be smaller. */
+typedef struct {
+    int num_items, section_pairs, num_sections;
+} wg_grid;
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
@@ -188,6 +203,64 @@ static __device__ __forceinline__ void copy_rows(uint32_t dst, const rf_bf16 *ba
     }
 }
 
+/* --- items and limits --------------------------------------------------------------------------------------------- */
+
+struct item_place {
+    int row_tile, head, sample;
+};
+
+template <bool LIMITS>
+static __device__ __forceinline__ item_place locate(const rf_attention_params &p, const wg_grid &grid, int item,
+                                                    int q_tiles) {
+    if constexpr (!LIMITS) {
+        return {item % q_tiles, item / q_tiles % p.num_q_heads, item / q_tiles / p.num_q_heads};
+    } else {
+        const int section = item / (grid.section_pairs * q_tiles), first = section * grid.section_pairs;
+        const int pairs = min(grid.section_pairs, p.num_q_heads * p.batch - first); /* of this section */
+        const int at = item - first * q_tiles, step = at / pairs, pair = first + at - step * pairs;
+        const bool falling = ((grid.num_sections - 1 - section) & 1) == 0; /* the last one does */
+        return {falling ? q_tiles - 1 - step : step, pair % p.num_q_heads, pair / p.num_q_heads};
+    }
+}
+
+/* The items of this block. LIMITS: the even rounds of the grid run upwards, the odd ones downwards. */
+template <bool LIMITS> struct item_walk {
+    int item = blockIdx.x, round_end = gridDim.x;
+    __device__ __forceinline__ void next(void) {
+        if constexpr (LIMITS) {
+            item = round_end + (round_end - 1 - item);
+            round_end += gridDim.x;
+        } else {
+            item += gridDim.x;
+        }
+    }
+};
+
+/* First key row that the query at position pos does not see. */
+static __device__ __forceinline__ int key_limit(const rf_attention_params &p, int64_t pos) {
+    if (p.mask == RF_MASK_NONE) return INT_MAX;
+    if (pos < 0) return 0;
+    const uint32_t at = pos < INT_MAX ? (uint32_t)pos : INT_MAX, block = (uint32_t)p.causal_block;
+    const uint32_t limit = p.mask == RF_MASK_CAUSAL ? at + 1 : (at / block + 1) * block; /* at most 2^32 - 2 */
+    return limit < INT_MAX ? (int)limit : INT_MAX;
+}
+
+/* What limits the queries of one sample; kept while items are of the same sample. */
+struct sample_limits {
+    int sample = -1, len = 0;
+    int64_t pos_offset = 0;
+    __device__ __forceinline__ void load(const rf_attention_params &p, int next) {
+        if (next == sample) return;
+        sample = next;
+        len = p.kv_lens ? max(0, min(p.kv_lens[next], p.num_keys)) : p.num_keys;
+        pos_offset = (int64_t)p.q_pos_offset + (p.q_pos_offsets ? p.q_pos_offsets[next] : 0);
+    }
+    /* Keys that query `row` sees: those with index 0 .. this - 1. */
+    __device__ __forceinline__ int keys_of(const rf_attention_params &p, int row) const {
+        return max(0, min(key_limit(p, pos_offset + row) - p.first_key, len));
+    }
+};
+
 /* --- kernel ------------------------------------------------------------------------------------------------------- */
 
 /* A place in a ring of NUM stages; parity is the one a consumer waits for, a producer waits for the other. */
@@ -202,11 +275,14 @@ template <int NUM> struct ring_place {
     }
 };
 
-template <int HD, int WGS, int PRODUCERS>
+template <int HD, int WGS, int PRODUCERS, bool LIMITS>
 static __global__ void __launch_bounds__(wg_shape<HD, WGS, PRODUCERS>::THREADS,
                                          wg_shape<HD, WGS, PRODUCERS>::BLOCKS_PER_SM)
-    attention_wgmma_kernel(const __grid_constant__ rf_attention_params p, int num_items) {
+    attention_wgmma_kernel(const __grid_constant__ rf_attention_params p, const __grid_constant__ wg_grid grid) {
     using S = wg_shape<HD, WGS, PRODUCERS>;
+    /* The next keys are waited for before P V is: without that branch between them the compiler moves the wait for P V above the
+     * exponentials that should run under it. */
+    constexpr bool AHEAD = LIMITS;
     extern __shared__ __align__(1024) unsigned char shared[];
     const uint32_t bars = rf_shared_addr(shared);
     const uint32_t q_smem = bars + S::BARRIERS_BYTES, k_smem = q_smem + S::Q_STAGES * S::Q_BYTES,
@@ -215,7 +291,7 @@ static __global__ void __launch_bounds__(wg_shape<HD, WGS, PRODUCERS>::THREADS,
                    full_v = full_k + 8 * S::STAGES, free_k = full_v + 8 * S::STAGES, free_v = free_k + 8 * S::STAGES;
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0),
               lane = threadIdx.x & 31; /* warp: a uniform register */
-    const int num_tiles = (p.num_keys + KEYS - 1) / KEYS, q_tiles = (p.q_len + S::ROWS - 1) / S::ROWS;
+    const int all_tiles = (p.num_keys + KEYS - 1) / KEYS, q_tiles = (p.q_len + S::ROWS - 1) / S::ROWS;
 
     if (threadIdx.x == 0) {
         for (int s = 0; s < S::Q_STAGES; s++) {
@@ -244,35 +320,41 @@ static __global__ void __launch_bounds__(wg_shape<HD, WGS, PRODUCERS>::THREADS,
     __syncthreads(); /* barriers are set up, padding is written */
     rf_wait_for_previous();
 
-    auto copy_q = [&](int copier, int item, int stage) {
-        const int row_tile = item % q_tiles, head = item / q_tiles % p.num_q_heads,
-                  sample = item / q_tiles / p.num_q_heads;
-        const rf_bf16 *const q = (const rf_bf16 *)p.q + sample * p.q_batch_stride + head * p.q_head_stride;
-        copy_rows<HD, S::ROWS, S::COPIERS, 16>(q_smem + stage * S::Q_BYTES, q, p.q_row_stride, row_tile * S::ROWS,
+    sample_limits limits;
+    /* Keys that any row of an item sees. */
+    auto item_keys = [&](const item_place &at) -> int {
+        if constexpr (!LIMITS) return p.num_keys;
+        limits.load(p, at.sample);
+        return limits.keys_of(p, min((at.row_tile + 1) * S::ROWS, p.q_len) - 1);
+    };
+    auto copy_q = [&](int copier, const item_place &at, int stage) {
+        const rf_bf16 *const q = (const rf_bf16 *)p.q + at.sample * p.q_batch_stride + at.head * p.q_head_stride;
+        copy_rows<HD, S::ROWS, S::COPIERS, 16>(q_smem + stage * S::Q_BYTES, q, p.q_row_stride, at.row_tile * S::ROWS,
                                                p.q_len, copier, lane);
         copies_arrive(full_q + 8 * stage);
     };
-    auto kv_offset = [&](int item) {
-        const int head = item / q_tiles % p.num_q_heads, sample = item / q_tiles / p.num_q_heads;
-        return sample * p.kv_batch_stride + (int64_t)(head / p.group) * p.kv_head_stride +
+    auto kv_offset = [&](const item_place &at) {
+        return at.sample * p.kv_batch_stride + (int64_t)(at.head / p.group) * p.kv_head_stride +
                (int64_t)p.first_key * p.kv_row_stride;
     };
-    auto copy_k = [&](int copier, int64_t offset, int j, int stage) {
+    auto copy_k = [&](int copier, int64_t offset, int j, int keys, int stage) {
         copy_rows<HD, KEYS, S::COPIERS, 16>(k_smem + stage * S::K_BYTES, (const rf_bf16 *)p.k + offset, p.kv_row_stride,
-                                            j * KEYS, p.num_keys, copier, lane);
+                                            j * KEYS, keys, copier, lane);
         copies_arrive(full_k + 8 * stage);
     };
-    auto copy_v = [&](int copier, int64_t offset, int j, int stage) {
+    auto copy_v = [&](int copier, int64_t offset, int j, int keys, int stage) {
         copy_rows<HD, KEYS, S::COPIERS, 128>(v_smem + stage * S::V_BYTES, (const rf_bf16 *)p.v + offset,
-                                             p.kv_row_stride, j * KEYS, p.num_keys, copier, lane);
+                                             p.kv_row_stride, j * KEYS, keys, copier, lane);
         copies_arrive(full_v + 8 * stage);
     };
-    if constexpr (S::RESIDENT) { /* one item, num_tiles <= STAGES */
-        const int64_t offset = kv_offset(blockIdx.x);
-        copy_q(warp, blockIdx.x, 0);
+    if constexpr (S::RESIDENT) { /* one item of at most STAGES tiles */
+        const item_place place = locate<LIMITS>(p, grid, blockIdx.x, q_tiles);
+        const int keys = item_keys(place), num_tiles = (keys + KEYS - 1) / KEYS;
+        const int64_t offset = kv_offset(place);
+        if (!LIMITS || num_tiles > 0) copy_q(warp, place, 0);
         for (int j = 0; j < num_tiles; j++) {
-            copy_k(warp, offset, j, j);
-            copy_v(warp, offset, j, j);
+            copy_k(warp, offset, j, keys, j);
+            copy_v(warp, offset, j, keys, j);
         }
     } else {
         if (warp >= WGS * 4) {
@@ -280,16 +362,19 @@ static __global__ void __launch_bounds__(wg_shape<HD, WGS, PRODUCERS>::THREADS,
             const int copier = warp - WGS * 4;
             ring_place<S::Q_STAGES> at_q;
             ring_place<S::STAGES> at;
-            for (int item = blockIdx.x; item < num_items; item += gridDim.x) {
+            for (item_walk<LIMITS> walk; walk.item < grid.num_items; walk.next()) {
+                const item_place place = locate<LIMITS>(p, grid, walk.item, q_tiles);
+                const int keys = item_keys(place), num_tiles = (keys + KEYS - 1) / KEYS;
+                if (LIMITS && num_tiles == 0) continue; /* the consumers wait for nothing either */
                 rf_mbar_wait(free_q + 8 * at_q.stage, at_q.parity ^ 1, "free_q");
-                copy_q(copier, item, at_q.stage);
+                copy_q(copier, place, at_q.stage);
                 at_q.next();
-                const int64_t offset = kv_offset(item);
+                const int64_t offset = kv_offset(place);
                 for (int j = 0; j < num_tiles; j++) {
                     rf_mbar_wait(free_k + 8 * at.stage, at.parity ^ 1, "free_k");
-                    copy_k(copier, offset, j, at.stage);
+                    copy_k(copier, offset, j, keys, at.stage);
                     rf_mbar_wait(free_v + 8 * at.stage, at.parity ^ 1, "free_v");
-                    copy_v(copier, offset, j, at.stage);
+                    copy_v(copier, offset, j, keys, at.stage);
                     at.next();
                 }
             }
@@ -314,9 +399,10 @@ static __global__ void __launch_bounds__(wg_shape<HD, WGS, PRODUCERS>::THREADS,
     auto release = [&](uint32_t bar) {
         if (lane == 0) rf_mbar_arrive(bar);
     };
+    auto wait_keys = [&]() { wait_full(full_k + 8 * at_k.stage, at_k.parity, "full_k"); };
     /* Queues S = Q K^T of the tile at at_k, as one group. */
     auto issue_scores = [&]() {
-        wait_full(full_k + 8 * at_k.stage, at_k.parity, "full_k");
+        if constexpr (!AHEAD) wait_keys();
         const uint32_t q_base = q_smem + at_q.stage * S::Q_BYTES, a = q_base + wg * 8192,
                        b = k_smem + at_k.stage * S::K_BYTES;
         rf_wgmma_pin(sc);
@@ -359,14 +445,43 @@ static __global__ void __launch_bounds__(wg_shape<HD, WGS, PRODUCERS>::THREADS,
         release(free_v + 8 * at_v.stage);
         at_v.next();
     };
+    struct item_state {
+        item_place place;
+        int num_tiles;
+        int row_keys[2], free_keys; /* keys that this thread's two rows see; that every row of the warp sees */
+    };
+    auto row_of = [&](const item_place &at) { return at.row_tile * S::ROWS + wg * 64 + (warp & 3) * 16 + (lane >> 2); };
+    auto look_up = [&](int item) {
+        item_state state = {};
+        state.place = locate<LIMITS>(p, grid, item, q_tiles);
+        state.num_tiles = (item_keys(state.place) + KEYS - 1) / KEYS;
+        const int row = row_of(state.place);
+        state.row_keys[0] = limits.keys_of(p, row);
+        state.row_keys[1] = limits.keys_of(p, row + 8);
+        state.free_keys = __shfl_sync(0xffffffffu, state.row_keys[0], 0); /* of the warp's first row */
+        return state;
+    };
+    item_walk<LIMITS> walk;
+    item_state now = {};
+    if constexpr (LIMITS) now = look_up(walk.item);
     /* sc := p of tile j, m and l move on; alpha is what o must be scaled by. */
     auto softmax = [&](int j) {
-        const int limit = p.num_keys - j * KEYS;
-        if (limit < KEYS) {
+        if constexpr (LIMITS) {
+            if ((j + 1) * KEYS > now.free_keys) {
+                const int first = j * KEYS + (lane & 3) * 2;
+                const int limit[2] = {now.row_keys[0] - first, now.row_keys[1] - first};
 #pragma unroll
-            for (int i = 0; i < 64; i++) {
-                const int key = i / 4 * 8 + (lane & 3) * 2 + (i & 1);
-                if (key >= limit) sc[i] = -INFINITY;
+                for (int i = 0; i < 64; i++)
+                    if (i / 4 * 8 + (i & 1) >= limit[i >> 1 & 1]) sc[i] = -INFINITY;
+            }
+        } else {
+            const int limit = p.num_keys - j * KEYS;
+            if (limit < KEYS) {
+#pragma unroll
+                for (int i = 0; i < 64; i++) {
+                    const int key = i / 4 * 8 + (lane & 3) * 2 + (i & 1);
+                    if (key >= limit) sc[i] = -INFINITY;
+                }
             }
         }
 #pragma unroll
@@ -376,9 +491,10 @@ static __global__ void __launch_bounds__(wg_shape<HD, WGS, PRODUCERS>::THREADS,
             for (int i = 0; i < 64; i += 4) top = fmaxf(top, fmaxf(sc[i + 2 * h], sc[i + 2 * h + 1]));
             top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
             top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-            alpha[h] = exp2_approx((m[h] - top) * p.scale_log2); /* 0 on the first tile */
+            const float base = LIMITS && top == -INFINITY ? 0.0f : top; /* a row that has seen no key: p is 0 */
+            alpha[h] = exp2_approx((m[h] - base) * p.scale_log2);       /* 0 on the first tile */
             m[h] = top;
-            const float shift = top * p.scale_log2;
+            const float shift = base * p.scale_log2;
             float sum = 0.0f;
 #pragma unroll
             for (int i = 0; i < 64; i += 4) {
@@ -400,65 +516,82 @@ static __global__ void __launch_bounds__(wg_shape<HD, WGS, PRODUCERS>::THREADS,
         }
     };
 
-    for (int item = blockIdx.x; item < num_items; item += gridDim.x) {
+    while (walk.item < grid.num_items) {
+        const int num_tiles = LIMITS ? now.num_tiles : all_tiles;
 #pragma unroll
         for (int i = 0; i < HD / 2; i++) o[i] = 0.0f;
         m[0] = m[1] = -INFINITY;
         l[0] = l[1] = 0.0f;
 
-        wait_full(full_q + 8 * at_q.stage, at_q.parity, "full_q");
-        issue_scores();
-        rf_wgmma_wait<0>();
-        scores_done(num_tiles == 1);
-        softmax(0);
-        pack();
-        for (int j = 1; j < num_tiles; j++) {
+        if (!LIMITS || num_tiles > 0) {
+            wait_full(full_q + 8 * at_q.stage, at_q.parity, "full_q");
+            if constexpr (AHEAD) wait_keys();
             issue_scores();
-            issue_values();
-            rf_wgmma_wait<1>();
-            scores_done(j == num_tiles - 1);
-            softmax(j);
             rf_wgmma_wait<0>();
-            values_done();
-#pragma unroll
-            for (int i = 0; i < HD / 2; i++) o[i] *= alpha[i >> 1 & 1];
+            scores_done(num_tiles == 1);
+            softmax(0);
             pack();
+            if (AHEAD && num_tiles > 1) wait_keys();
+            for (int j = 1; j < num_tiles; j++) {
+                issue_scores();
+                issue_values();
+                rf_wgmma_wait<1>();
+                scores_done(j == num_tiles - 1);
+                softmax(j);
+                if constexpr (AHEAD) {
+                    rf_wgmma_pin(sc); /* p, not what it is made of, passes the wait */
+                    if (j + 1 < num_tiles) wait_keys();
+                }
+                rf_wgmma_wait<0>();
+                values_done();
+#pragma unroll
+                for (int i = 0; i < HD / 2; i++) o[i] *= alpha[i >> 1 & 1];
+                pack();
+            }
+            rf_wgmma_pin(o);
+            issue_values();
         }
-        rf_wgmma_pin(o);
-        issue_values();
+        item_state next = {};
+        if constexpr (LIMITS) { /* under the last product */
+            walk.next();
+            if (walk.item < grid.num_items) next = look_up(walk.item);
+        }
         rf_wgmma_wait<0>();
-        values_done();
+        if (!LIMITS || num_tiles > 0) values_done();
 
-        const int row_tile = item % q_tiles, head = item / q_tiles % p.num_q_heads,
-                  sample = item / q_tiles / p.num_q_heads;
-        const int row = row_tile * S::ROWS + wg * 64 + (warp & 3) * 16 + (lane >> 2);
+        const item_place place = LIMITS ? now.place : locate<LIMITS>(p, grid, walk.item, q_tiles);
+        const int row = row_of(place);
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             float sum = l[h];
             sum += __shfl_xor_sync(0xffffffffu, sum, 1);
             sum += __shfl_xor_sync(0xffffffffu, sum, 2);
             const int r = row + 8 * h;
-            const bool inside = r < p.q_len;
-            const float inv = 1.0f / sum;
-            rf_bf16 *const out =
-                (rf_bf16 *)p.out + sample * p.out_batch_stride + r * p.out_row_stride + head * p.out_head_stride;
+            const bool inside = r < p.q_len, empty = LIMITS && sum == 0.0f; /* NaN stays NaN */
+            const float inv = empty ? 0.0f : 1.0f / sum;
+            rf_bf16 *const out = (rf_bf16 *)p.out + place.sample * p.out_batch_stride + r * p.out_row_stride +
+                                 place.head * p.out_head_stride;
 #pragma unroll
             for (int c = 0; c < HD / 8; c++)
                 if (inside)
                     *(uint32_t *)(out + c * 8 + (lane & 3) * 2) =
                         pack2(o[4 * c + 2 * h] * inv, o[4 * c + 2 * h + 1] * inv);
             if (p.lse && inside && (lane & 3) == 0)
-                p.lse[((int64_t)sample * p.num_q_heads + head) * p.q_len + r] =
-                    (m[h] * p.scale_log2 + log2f(sum)) * 0.6931471805599453f;
+                p.lse[((int64_t)place.sample * p.num_q_heads + place.head) * p.q_len + r] =
+                    empty ? -INFINITY : (m[h] * p.scale_log2 + log2f(sum)) * 0.6931471805599453f;
         }
+        if constexpr (LIMITS)
+            now = next;
+        else
+            walk.next();
     }
 }
 
 #else /* another architecture: the name exists, rf_attention_wgmma_check keeps it from being launched */
 
-template <int HD, int WGS, int PRODUCERS>
+template <int HD, int WGS, int PRODUCERS, bool LIMITS>
 static __global__ void __launch_bounds__(wg_shape<HD, WGS, PRODUCERS>::THREADS)
-    attention_wgmma_kernel(const __grid_constant__ rf_attention_params p, int num_items) {}
+    attention_wgmma_kernel(const __grid_constant__ rf_attention_params p, const __grid_constant__ wg_grid grid) {}
 
 #endif
 
@@ -472,8 +605,8 @@ rf_status rf_attention_wgmma_check(const rf_attention_args *args, int sm, rf_err
     if (args->head_dim != 64 && args->head_dim != 72 && args->head_dim != 128)
         return rf_fail(err, RF_ERR_UNSUPPORTED, "attention: the wgmma kernel takes head_dim 64, 72 or 128, not %d",
                        args->head_dim);
-    if (args->q_rows || args->kv_rows || args->kv_lens || args->num_ranges > 1 || args->mask != RF_MASK_NONE)
-        return rf_fail(err, RF_ERR_UNSUPPORTED, "attention: the wgmma kernel takes no lists, lengths or masks");
+    if (args->q_rows || args->kv_rows || args->num_ranges > 1)
+        return rf_fail(err, RF_ERR_UNSUPPORTED, "attention: the wgmma kernel takes no lists and at most one range");
     if (!(args->softmax_scale > 0))
         return rf_fail(err, RF_ERR_UNSUPPORTED, "attention: softmax_scale is %g, must be above 0 on CUDA",
                        (double)args->softmax_scale);
@@ -485,42 +618,70 @@ rf_status rf_attention_wgmma_check(const rf_attention_args *args, int sm, rf_err
     return rf_attention_check_strides(args, err);
 }
 
-bool rf_attention_wgmma_wins(const rf_attention_args *args) {
-    return args->q_len >= 64 && args->kv_len >= 128;
+/* True if the instance without limits cannot do it. */
+static bool has_limits(const rf_attention_args *args) {
+    return args->kv_lens || args->mask != RF_MASK_NONE;
 }
 
-template <int HD, int WGS, int PRODUCERS>
+/* With limits the other choice is mma.sync, which takes 1.6 times as long on a full card, but shares the keys out where its
+ * grid of 64 rows leaves a fifth of it empty. */
+bool rf_attention_wgmma_wins(const rf_attention_args *args, int num_sms) {
+    if (!has_limits(args)) return args->q_len >= 64 && args->kv_len >= 128;
+    const int64_t items = rf_ceil_div(args->q_len, 128) * args->num_q_heads * args->batch;
+    return args->q_len >= 128 && args->kv_len >= 128 && args->num_ranges == 0 &&
+           (args->kv_len <= 2 * KEYS || items * 10 >= (int64_t)num_sms * 4);
+}
+
+/* Keys and values of a section should stay in L2 while its items run: half of an H100's. */
+static constexpr int64_t SECTION_BYTES = 24 << 20;
+
+/* Without a mask the row tiles of a head are equally long: head after head. */
+static wg_grid make_grid(const rf_attention_params &p, int rows) {
+    const int64_t kv_pairs = (int64_t)p.num_kv_heads * p.batch;
+    const int64_t pair_bytes = (int64_t)p.num_keys * p.head_dim * 2 * (int64_t)sizeof(uint16_t);
+    const int64_t fit = SECTION_BYTES / pair_bytes, most = fit < 1 ? 1 : fit < kv_pairs ? fit : kv_pairs;
+    const int64_t sections = rf_ceil_div(kv_pairs, most);
+    wg_grid grid = {};
+    grid.num_items = (int)(rf_ceil_div(p.q_len, rows) * p.num_q_heads * p.batch);
+    grid.section_pairs = p.mask == RF_MASK_NONE ? 1 : (int)(rf_ceil_div(kv_pairs, sections) * p.group);
+    grid.num_sections = (int)rf_ceil_div((int64_t)p.num_q_heads * p.batch, grid.section_pairs);
+    return grid;
+}
+
+template <int HD, int WGS, int PRODUCERS, bool LIMITS>
 static rf_status launch(rf_stream *stream, const rf_attention_params &p, rf_error *err) {
     using Shape = wg_shape<HD, WGS, PRODUCERS>;
     static std::atomic<uint64_t> allowed{0};
-    auto *const kernel = attention_wgmma_kernel<HD, WGS, PRODUCERS>;
+    auto *const kernel = attention_wgmma_kernel<HD, WGS, PRODUCERS, LIMITS>;
     cudaError_t code = rf_allow_shared((const void *)kernel, Shape::SHARED_BYTES, &allowed);
     if (!stream) { /* plan time, maybe without a device: nothing was asked of it yet */
         cudaGetLastError();
         return RF_OK;
     }
     if (code != cudaSuccess) return rf_cuda_fail(err, "attention", code);
-    const int num_items = (int)(rf_ceil_div(p.q_len, Shape::ROWS) * p.num_q_heads * p.batch);
+    const wg_grid grid = make_grid(p, Shape::ROWS);
     const int num_sms = rf_backend_num_sms(rf_stream_backend(stream));
-    const int blocks = Shape::RESIDENT || num_items < num_sms ? num_items : num_sms;
+    const int blocks = Shape::RESIDENT || grid.num_items < num_sms ? grid.num_items : num_sms;
     return rf_launch_early(stream, "attention", err, kernel, dim3((unsigned)blocks), dim3(Shape::THREADS),
-                           Shape::SHARED_BYTES, p, num_items);
+                           Shape::SHARED_BYTES, p, grid);
 }
 
 /* The resident form needs all keys in two tiles; it is worth it while the ring's larger items would leave SMs idle. */
-template <int HD> static rf_status launch_rows(rf_stream *stream, const rf_attention_params &p, rf_error *err) {
+template <int HD, bool LIMITS>
+static rf_status launch_rows(rf_stream *stream, const rf_attention_params &p, rf_error *err) {
     const int num_sms = stream ? rf_backend_num_sms(rf_stream_backend(stream)) : 0;
     const int64_t items = rf_ceil_div(p.q_len, 128) * p.num_q_heads * p.batch;
-    return p.num_keys <= 2 * KEYS && items < 2 * num_sms ? launch<HD, 1, 0>(stream, p, err)
-                                                         : launch<HD, 2, 4>(stream, p, err);
+    return p.num_keys <= 2 * KEYS && items < 2 * num_sms ? launch<HD, 1, 0, LIMITS>(stream, p, err)
+                                                         : launch<HD, 2, 4, LIMITS>(stream, p, err);
 }
 
 rf_status rf_attention_wgmma_run(rf_stream *stream, const rf_attention_args *args, rf_error *err) {
     const rf_attention_params p = rf_attention_make_params(args);
+    const bool limits = has_limits(args);
     switch (args->head_dim) {
-    case 64: return launch_rows<64>(stream, p, err);
-    case 72: return launch_rows<72>(stream, p, err);
-    case 128: return launch_rows<128>(stream, p, err);
+    case 64: return limits ? launch_rows<64, true>(stream, p, err) : launch_rows<64, false>(stream, p, err);
+    case 72: return limits ? launch_rows<72, true>(stream, p, err) : launch_rows<72, false>(stream, p, err);
+    case 128: return limits ? launch_rows<128, true>(stream, p, err) : launch_rows<128, false>(stream, p, err);
     }
     return rf_fail(err, RF_ERR_SHAPE, "attention: head_dim is %d, must be 64, 72 or 128", args->head_dim);
 }

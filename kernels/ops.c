@@ -4,6 +4,7 @@
 #include <math.h>
 
 #include "kernels/cpu.h"
+#include "kernels/kv_cpu.h"
 
 static const rf_ops cpu_table = {
     .name = "cpu",
@@ -43,6 +44,15 @@ static const rf_ops cpu_table = {
     .cosine_rows = rf_cosine_rows_cpu,
     .select_smallest = rf_select_smallest_cpu,
     .argmax = rf_argmax_cpu,
+    .kv_columns = rf_kv_columns_cpu,
+    .kv_columns_workspace = rf_kv_columns_workspace_cpu,
+    .kv_loss = rf_kv_loss_cpu,
+    .kv_loss_workspace = rf_kv_loss_workspace_cpu,
+    .kv_norms = rf_kv_norms_cpu,
+    .kv_copy = rf_kv_copy_cpu,
+    .kv_append = rf_kv_append_cpu,
+    .kv_evict = rf_kv_evict_cpu,
+    .kv_evict_workspace = rf_kv_evict_workspace_cpu,
     .sampler_step = rf_sampler_step_cpu,
     .step_advance = rf_step_advance_cpu,
     .fill_normal = rf_fill_normal_cpu,

@@ -19,6 +19,7 @@
 #include "kernels/conv.h"
 #include "kernels/elementwise.h"
 #include "kernels/gemm.h"
+#include "kernels/kv.h"
 #include "kernels/norm.h"
 #include "kernels/reduce.h"
 #include "kernels/rope.h"
@@ -76,6 +77,16 @@ typedef struct {
     rf_status (*cosine_rows)(rf_stream *, const rf_cosine_rows_args *, rf_error *);
     rf_status (*select_smallest)(rf_stream *, const rf_select_smallest_args *, rf_error *);
     rf_status (*argmax)(rf_stream *, const rf_argmax_args *, rf_error *);
+
+    rf_status (*kv_columns)(rf_stream *, const rf_kv_columns_args *, rf_error *);
+    size_t (*kv_columns_workspace)(rf_backend *, const rf_kv_columns_args *);
+    rf_status (*kv_loss)(rf_stream *, const rf_kv_loss_args *, rf_error *);
+    size_t (*kv_loss_workspace)(rf_backend *, const rf_kv_loss_args *);
+    rf_status (*kv_norms)(rf_stream *, const rf_kv_norms_args *, rf_error *);
+    rf_status (*kv_copy)(rf_stream *, const rf_kv_copy_args *, rf_error *);
+    rf_status (*kv_append)(rf_stream *, const rf_kv_append_args *, rf_error *);
+    rf_status (*kv_evict)(rf_stream *, const rf_kv_evict_args *, rf_error *);
+    size_t (*kv_evict_workspace)(rf_backend *, const rf_kv_evict_args *);
 
     rf_status (*sampler_step)(rf_stream *, const rf_sampler_step_args *, rf_error *);
     rf_status (*step_advance)(rf_stream *, const rf_step_advance_args *, rf_error *);

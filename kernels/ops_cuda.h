@@ -66,6 +66,17 @@ rf_status rf_cosine_rows_cuda(rf_stream *stream, const rf_cosine_rows_args *args
 rf_status rf_select_smallest_cuda(rf_stream *stream, const rf_select_smallest_args *args, rf_error *err);
 rf_status rf_argmax_cuda(rf_stream *stream, const rf_argmax_args *args, rf_error *err);
 
+/* kv.cu, kv_evict.cu */
+rf_status rf_kv_columns_cuda(rf_stream *stream, const rf_kv_columns_args *args, rf_error *err);
+size_t rf_kv_columns_workspace_cuda(rf_backend *backend, const rf_kv_columns_args *args);
+rf_status rf_kv_loss_cuda(rf_stream *stream, const rf_kv_loss_args *args, rf_error *err);
+size_t rf_kv_loss_workspace_cuda(rf_backend *backend, const rf_kv_loss_args *args);
+rf_status rf_kv_norms_cuda(rf_stream *stream, const rf_kv_norms_args *args, rf_error *err);
+rf_status rf_kv_copy_cuda(rf_stream *stream, const rf_kv_copy_args *args, rf_error *err);
+rf_status rf_kv_append_cuda(rf_stream *stream, const rf_kv_append_args *args, rf_error *err);
+rf_status rf_kv_evict_cuda(rf_stream *stream, const rf_kv_evict_args *args, rf_error *err);
+size_t rf_kv_evict_workspace_cuda(rf_backend *backend, const rf_kv_evict_args *args);
+
 /* sampler.cu */
 rf_status rf_sampler_step_cuda(rf_stream *stream, const rf_sampler_step_args *args, rf_error *err);
 rf_status rf_step_advance_cuda(rf_stream *stream, const rf_step_advance_args *args, rf_error *err);

@@ -89,6 +89,29 @@ static void print_text_md(const bench_row *rows, int num_rows) {
     }
 }
 
+/* Scoring as a share of the prefill. */
+static double score_share(const bench_row *r) {
+    return r->prefill_ms > 0 ? r->score_ms / r->prefill_ms : 0;
+}
+
+static void print_kv_md(const bench_row *rows, int num_rows) {
+    printf("| model | params | device | dtype | policy | budget | prompt | batch | step: median ms | mean ± sd | min | "
+           "scoring a step ms | prefill ms | scoring ms | of prefill %% | kept MB | full MB | session MB | graph nodes "
+           "|\n");
+    printf("|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|\n");
+    for (int i = 0; i < num_rows; i++) {
+        const bench_row *r = &rows[i];
+        char budget[24], nodes[24];
+        cell(budget, 0, r->budget);
+        cell(nodes, 0, r->graph_nodes);
+        printf("| %s | %.1f M | %s | %s | %s | %s | %d | %d | %.3f | %.3f ± %.3f | %.3f | %.3f | %.1f | %.2f | %.2f | "
+               "%.1f | %.1f | %.1f | %s |\n",
+               r->model, (double)r->num_params / 1e6, r->device, r->dtype, r->policy, budget, r->kept, r->batch,
+               r->median_ms, r->mean_ms, r->sd_ms, r->min_ms, r->step_score_ms, r->prefill_ms, r->score_ms,
+               100 * score_share(r), r->kept_bytes / 1e6, r->full_bytes / 1e6, (double)r->arena_bytes / 1e6, nodes);
+    }
+}
+
 /* A field in quotes where it needs them. */
 static void print_csv_text(const char *text) {
     putchar('"');
@@ -163,6 +186,37 @@ static void print_text_csv(const bench_row *rows, int num_rows) {
     }
 }
 
+static void print_kv_csv(const bench_row *rows, int num_rows) {
+    printf("model,params,device,dtype,policy,budget,prompt,batch,runs,median_ms,mean_ms,sd_ms,min_ms,step_score_ms,"
+           "prefill_ms,score_ms,kept_bytes,full_bytes,evictions,session_bytes,graph_nodes\n");
+    for (int i = 0; i < num_rows; i++) {
+        const bench_row *r = &rows[i];
+        print_csv_text(r->model);
+        printf("%" PRId64 ",", r->num_params);
+        print_csv_text(r->device);
+        printf("%s,", r->dtype);
+        print_csv_text(r->policy);
+        printf("%d,%d,%d,%d,%.6f,%.6f,%.6f,%.6f,%.6f,%.6f,%.6f,%.0f,%.0f,%.0f,%zu,%d\n", r->budget, r->kept, r->batch,
+               r->num_runs, r->median_ms, r->mean_ms, r->sd_ms, r->min_ms, r->step_score_ms, r->prefill_ms, r->score_ms,
+               r->kept_bytes, r->full_bytes, r->evictions, r->arena_bytes, r->graph_nodes);
+    }
+}
+
+static void add_kv_json(cJSON *o, const bench_row *r) {
+    cJSON_AddStringToObject(o, "policy", r->policy);
+    cJSON_AddItemToObject(o, "budget", r->budget > 0 ? cJSON_CreateNumber(r->budget) : cJSON_CreateNull());
+    cJSON_AddNumberToObject(o, "prompt", r->kept);
+    cJSON_AddNumberToObject(o, "step_score_ms", r->step_score_ms);
+    cJSON_AddNumberToObject(o, "prefill_ms", r->prefill_ms);
+    cJSON_AddNumberToObject(o, "score_ms", r->score_ms);
+    cJSON_AddNumberToObject(o, "score_share", score_share(r));
+    cJSON_AddNumberToObject(o, "kept_bytes", r->kept_bytes);
+    cJSON_AddNumberToObject(o, "full_bytes", r->full_bytes);
+    cJSON_AddNumberToObject(o, "evictions", r->evictions);
+    report_add_uint(o, "session_bytes", r->arena_bytes);
+    if (r->graph_nodes > 0) cJSON_AddNumberToObject(o, "graph_nodes", r->graph_nodes);
+}
+
 static void add_text_json(cJSON *o, const bench_row *r) {
     cJSON_AddNumberToObject(o, "rows", r->num_rows);
     cJSON_AddNumberToObject(o, "kept", r->kept);
@@ -195,11 +249,12 @@ static cJSON *row_json(const bench_row *r) {
     cJSON_AddNumberToObject(o, "mean_ms", r->mean_ms);
     cJSON_AddNumberToObject(o, "sd_ms", r->sd_ms);
     cJSON_AddNumberToObject(o, "min_ms", r->min_ms);
-    if (!r->world || r->tflops > 0) cJSON_AddNumberToObject(o, "tflops", r->tflops);
+    if ((!r->world && !r->kv) || r->tflops > 0) cJSON_AddNumberToObject(o, "tflops", r->tflops);
     if (r->images_per_s > 0) cJSON_AddNumberToObject(o, "images_per_s", r->images_per_s);
     if (r->floor_ms > 0) cJSON_AddNumberToObject(o, "floor_ms", r->floor_ms);
     if (r->world) add_world_json(o, r);
     if (r->text) add_text_json(o, r);
+    if (r->kv) add_kv_json(o, r);
     return o;
 }
 
@@ -222,10 +277,12 @@ static rf_status print_json(const bench_row *rows, int num_rows, rf_error *err) 
 }
 
 rf_status bench_print(const bench_row *rows, int num_rows, bench_format format, rf_error *err) {
-    bool world = num_rows > 0 && rows[0].world, text = num_rows > 0 && rows[0].text;
+    bool world = num_rows > 0 && rows[0].world, text = num_rows > 0 && rows[0].text, kv = num_rows > 0 && rows[0].kv;
     switch (format) {
     case BENCH_MD:
-        if (text) {
+        if (kv) {
+            print_kv_md(rows, num_rows);
+        } else if (text) {
             print_text_md(rows, num_rows);
         } else if (world) {
             print_world_md(rows, num_rows);
@@ -234,7 +291,9 @@ rf_status bench_print(const bench_row *rows, int num_rows, bench_format format, 
         }
         return RF_OK;
     case BENCH_CSV:
-        if (text) {
+        if (kv) {
+            print_kv_csv(rows, num_rows);
+        } else if (text) {
             print_text_csv(rows, num_rows);
         } else if (world) {
             print_world_csv(rows, num_rows);

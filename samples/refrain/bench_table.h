@@ -30,6 +30,15 @@ typedef struct {
     bool text;
     int num_rows, head_rows; /* of a sequence: computed, and those that go through the head */
     double gbytes_per_s;     /* weights read once a pass, over the median */
+
+    /* A step under a KV policy: a fourth table; of the rows of text kept (tokens of the prompt) and graph_nodes count. arena_bytes
+     * are all that the session took on the device, weights apart. */
+    bool kv;
+    char policy[BENCH_LABEL];
+    int budget;                  /* tokens a layer and key head; 0 = no limit */
+    double prefill_ms, score_ms; /* of the prompt: without scoring; scoring and moving what is kept; medians */
+    double step_score_ms;        /* of a step: what scoring while decoding made it wait */
+    double kept_bytes, full_bytes, evictions; /* behind the prompt, all sequences */
 } bench_row;
 
 /* Fills num_runs, median, mean, sd and min from times (sorted in place). */

@@ -80,7 +80,9 @@ rf_status bench_text_open(bench *b, rf_error *err) {
     pass_shape shapes[4 * MAX_BATCHES];
     int num = 0;
     int64_t most = 0;
-    if (a->synthetic) {
+    if (a->is_kv) {
+        RF_TRY(bench_kv_plan(b, &most, err));
+    } else if (a->synthetic) {
         rf_text_desc desc;
         rf_status st = rf_text_config_builtin(&desc, a->synthetic, err);
         if (st != RF_OK) return rf_fail_prefix(err, st, "--synthetic-weights");
@@ -89,12 +91,13 @@ rf_status bench_text_open(bench *b, rf_error *err) {
             if (shapes[i].rows + shapes[i].kept > most) most = shapes[i].rows + shapes[i].kept;
         if (most < desc.max_positions) most = 0; /* the model's own are enough */
     }
+    const char *model = a->is_kv && !a->model && !a->synthetic ? KV_DEFAULT_MODEL : a->model;
     rf_status st =
-        open_text_model(&b->text, a->model, a->synthetic, most, a->device, (int)a->threads, a->dtype, &b->log, err);
+        open_text_model(&b->text, model, a->synthetic, most, a->device, (int)a->threads, a->dtype, &b->log, err);
     b->model_name = a->synthetic ? a->synthetic : b->text.name;
     b->backend = b->text.backend;
     b->dtype = b->text.dtype;
-    return st;
+    return st == RF_OK && a->is_kv ? kv_check_model(&b->text, "--kv-policy", err) : st;
 }
 
 /* ---- passes ---- */

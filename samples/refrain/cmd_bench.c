@@ -5,7 +5,8 @@
  *              graphs. Replays are queued back to back between time marks on the stream, so what is timed is the device.
  * image        Denoising and decoding of `batch` pictures, as `refrain image` runs them, by the clock.
  * world        The parts of a new frame of `batch` rollouts, and whole rollouts: bench_world.c.
- * text         Passes of `batch` sequences, by computed rows and kept keys: bench_text.c.
+ * text         Passes of `batch` sequences, by computed rows and kept keys: bench_text.c. With --kv or --kv-policy a step behind a
+ *              prompt whose cache is under a budget: bench_kv.c.
  * Warm-up runs come first and are not counted. TFLOP/s counts the transformer's matrix products and attention, two operations
  * a multiply-add; modulation is computed once a run and not counted in a forward.
  * The floor (--floors) is the larger of: the weights read once at the measured speed of a device copy, and the operations at
@@ -49,6 +50,8 @@ static args_result read_args(bench_args *a, int argc, char **argv) {
                    "dit-forward image world text"),
         arg_string("rows", 'p', "N[,N...]", "text: computed rows (default: by the model's kind)", &a->rows),
         arg_string("kept", 0, "N[,N...]", "text: keys in front of them (default: likewise)", &a->kept),
+        arg_flag("kv", 0, "text: steps under KV policies, a list of the usual ones", &a->is_kv),
+        KV_LIST_ROWS(&a->kv, "budget 2048"),
         arg_string("batch-size", 'b', "N[,N...]",
                    "rows with both branches counted; pictures; rollouts; texts (default: 2; worlds, text 1)",
                    &a->batches),
@@ -92,6 +95,17 @@ static args_result read_args(bench_args *a, int argc, char **argv) {
     }
     if (result == ARGS_OK && strcmp(a->what, "text") != 0 && (a->rows || a->kept)) {
         say_error("--%s: of --what text", a->rows ? "rows" : "kept");
+        return ARGS_USAGE_ERROR;
+    }
+    a->is_kv |= kv_args_given(&a->kv);
+    if (result == ARGS_OK && a->is_kv && (strcmp(a->what, "text") != 0 || a->rows)) {
+        say_error(a->rows ? "--rows: a step under a KV policy has one" : "--kv: of --what text");
+        return ARGS_USAGE_ERROR;
+    }
+    if (result == ARGS_OK && !a->is_kv && (a->kv.budgets || a->kv.ratios || a->kv.options.count)) {
+        say_error("--kv-%s: no policy is chosen (--kv-policy, or --kv for the usual ones)", a->kv.budgets  ? "budget"
+                                                                                            : a->kv.ratios ? "ratio"
+                                                                                                           : "option");
         return ARGS_USAGE_ERROR;
     }
     return result;
@@ -434,7 +448,9 @@ static rf_status run_table(bench *b, rf_error *err) {
     bench_row *rows = NULL;
     int num = 0;
     if (b->args.floors) RF_TRY(measure_floors(b, err));
-    rf_status st = is_text(b) ? bench_texts(b, &rows, &num, err) : bench_worlds(b, &rows, &num, err);
+    rf_status st = b->args.is_kv ? bench_kv(b, &rows, &num, err)
+                   : is_text(b)  ? bench_texts(b, &rows, &num, err)
+                                 : bench_worlds(b, &rows, &num, err);
     if (st == RF_OK) st = print_rows(b, rows, num, err);
     rf_free(rows);
     return st;
@@ -473,6 +489,7 @@ int cmd_bench(int argc, char **argv) {
     int status = st == RF_OK ? EXIT_OK : fail_with(&err);
     rf_image_model_close(b.model);
     rf_world_model_close(b.world);
+    kv_settings_free(&b.kv);
     if (is_text(&b)) {
         close_text_model(&b.text); /* with its backend and path */
     } else {

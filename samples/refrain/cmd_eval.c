@@ -2,7 +2,11 @@
  *
  * Sample i of a task is made from seed + i, so every setting and every model meets the same ones. Agreement is with the same model
  * decoding one token a pass and computing every row. The order is task by task, so that the reference is decoded once.
- * A setting that the model refuses is a row that says why; if all are refused the command fails. */
+ * A setting that the model refuses is a row that says why; if all are refused the command fails.
+ *
+ * --kv-policy puts the cache of an autoregressive model under budgets. Its rows come in two ways: aware, where the whole prompt is
+ * compressed and a rule can look at the question at its end, and agnostic, where what stands before the question is compressed as if
+ * nothing followed, and the question is fed behind it. */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -10,6 +14,7 @@
 
 #include "core/file.h"
 #include "core/memory.h"
+#include "samples/refrain/kv_args.h"
 #include "samples/refrain/program.h"
 #include "samples/refrain/report.h"
 #include "samples/refrain/text_score.h"
@@ -17,8 +22,11 @@
 #define DEFAULT_SAMPLES 10
 #define MAX_SAMPLES     100000
 #define MAX_TASKS       64
-#define OWN_ROWS        24
-#define TEXT_WINDOW     512 /* tokens of a piece of plain text */
+#define OWN_ROWS        32
+#define KV_RATIOS       "1,0.5,0.25"
+#define KV_COLUMN       28
+#define VALID_SHARE     0.95 /* right with the full cache, below which a task says little about policies */
+#define TEXT_WINDOW     512  /* tokens of a piece of plain text */
 #define MAX_CORPUS      ((size_t)1 << 30)
 #define NAME_COLUMN     44
 
@@ -26,6 +34,8 @@ typedef struct {
     const char *model, *synthetic, *guide, *corpus, *device, *dtype;
     arg_list policies;
     text_settings settings;
+    kv_args kv;
+    bool aware, agnostic;
     int64_t num_samples, seed, size, length, num_new, threads;
     bool no_agreement, json, quiet;
     int verbosity;
@@ -34,6 +44,7 @@ typedef struct {
 typedef struct {
     const char *task;
     const sweep_setting *setting; /* NULL: plain text */
+    const kv_setting *kv;         /* NULL: no policies were given */
     text_score score;             /* numbers only */
     double agreement, nll;        /* NaN = not measured */
     double prompt_tokens, answer_tokens;
@@ -48,6 +59,7 @@ typedef struct {
     opened_text text;
     rf_text_model *guide;
     sweep_plan plan;
+    kv_settings kv;
     eval_row *rows;
     int num_rows;
     progress_bar bar;
@@ -69,7 +81,10 @@ static args_result read_args(eval_args *a, const char **tasks, int argc, char **
         arg_int("new", 0, "N", "new tokens (default: what the longest answer needs)", &a->num_new, 1, 1e6),
         arg_string("corpus", 0, "FILE", "plain text, for the task text", &a->corpus),
         arg_string("guide", 0, "MODEL", "autoregressive, of commit guided", &a->guide),
-        arg_flag("no-agreement", 0, "do not decode one token a pass to compare with", &a->no_agreement),
+        arg_flag("no-agreement", 0, "do not decode uncached to compare with", &a->no_agreement),
+        KV_LIST_ROWS(&a->kv, KV_RATIOS),
+        arg_flag("aware", 0, "compress with the question alone (default: both ways)", &a->aware),
+        arg_flag("agnostic", 0, "compress before the question alone", &a->agnostic),
     };
     const arg_option late[] = {
         TEXT_DEVICE_ROWS(a),
@@ -82,16 +97,17 @@ static args_result read_args(eval_args *a, const char **tasks, int argc, char **
     for (size_t i = 0; i < sizeof own / sizeof own[0]; i++) options[num++] = own[i];
     num += text_setting_rows(&a->settings, options + num);
     for (size_t i = 0; i < sizeof late / sizeof late[0]; i++) options[num++] = late[i];
-    const arg_spec spec = {.command = "refrain eval",
-                           .usage = "TASK[,TASK...]|short|long|recall|all [options]",
-                           .about =
-                               "Scores a text model on built-in tasks whose answers are known: exact match, agreement "
-                               "with uncached decoding, speed. refrain eval list names the tasks.",
-                           .options = options,
-                           .num_options = num,
-                           .min_positional = 1,
-                           .max_positional = 1,
-                           .positional_name = "tasks (all, short, long, recall or names with commas between)"};
+    const arg_spec spec = {
+        .command = "refrain eval",
+        .usage = "TASK[,TASK...]|short|long|recall|all [options]",
+        .about = "Scores a text model on built-in tasks whose answers are known: exact match, agreement "
+                 "with uncached decoding, speed. refrain eval list names the tasks. With --kv-policy (model "
+                 "text-ar) kv and vt stand for kv-long and vt-long.",
+        .options = options,
+        .num_options = num,
+        .min_positional = 1,
+        .max_positional = 1,
+        .positional_name = "tasks (all, short, long, recall or names with commas between)"};
     return args_parse(&spec, argc, argv, tasks, NULL);
 }
 
@@ -107,6 +123,16 @@ static void list_tasks(void) {
         }
         printf("%-10s %-7s %-22s %s\n", info->name, kinds[info->kind], size, info->about);
     }
+}
+
+/* ---- KV policies ---- */
+
+static rf_status plan_kv(eval_run *run, rf_error *err) {
+    const eval_args *a = &run->args;
+    unsigned ways = (a->aware ? KV_AWARE : 0u) | (a->agnostic ? KV_AGNOSTIC : 0u);
+    if (ways && !kv_args_given(&a->kv))
+        return rf_fail(err, RF_ERR_ARGUMENT, "--%s: of --kv-policy", a->aware ? "aware" : "agnostic");
+    return kv_settings_make(&run->kv, &a->kv, ways ? ways : KV_AWARE | KV_AGNOSTIC, KV_RATIOS, err);
 }
 
 /* ---- opening ---- */
@@ -145,7 +171,9 @@ static rf_status check_sizes(const eval_run *run, rf_error *err) {
 static rf_status open_run(eval_run *run, rf_error *err) {
     const eval_args *a = &run->args;
     RF_TRY(check_sizes(run, err));
-    RF_TRY(open_text_model(&run->text, a->model, NULL, 0, a->device, (int)a->threads, a->dtype, &run->log, err));
+    const char *model = !a->model && run->kv.num > 0 ? KV_DEFAULT_MODEL : a->model;
+    RF_TRY(open_text_model(&run->text, model, NULL, 0, a->device, (int)a->threads, a->dtype, &run->log, err));
+    if (run->kv.num > 0) RF_TRY(kv_check_model(&run->text, "--kv-policy", err));
     if (!run->text.tokenizer)
         return rf_fail(err, RF_ERR_MISSING, "%s: no tokenizer.json; tasks are texts", run->text.path);
     if (a->guide && text_is_causal(&run->text))
@@ -153,11 +181,11 @@ static rf_status open_run(eval_run *run, rf_error *err) {
                        run->text.name);
     if (a->guide) RF_TRY(open_text_guide(&run->guide, &run->text, a->guide, err));
     RF_TRY(plan_settings(run, err));
-    int num_tasks = 0;
+    int num_tasks = 0, num_settings = run->plan.num * (run->kv.num > 0 ? run->kv.num : 1);
     for (int i = 0; task_at(i); i++) num_tasks += run->of[i];
-    run->rows = rf_alloc_zero((size_t)(num_tasks * run->plan.num), sizeof *run->rows);
+    run->rows = rf_alloc_zero((size_t)num_tasks * (size_t)num_settings, sizeof *run->rows);
     if (!run->rows) return rf_fail(err, RF_ERR_MEMORY, "no memory for a table");
-    progress_begin(&run->bar, num_tasks * (run->plan.num + 1) * (int)a->num_samples, a->quiet);
+    progress_begin(&run->bar, num_tasks * (num_settings + 1) * (int)a->num_samples, a->quiet);
     return RF_OK;
 }
 
@@ -173,6 +201,113 @@ static void print_number(int width, int digits, double value) {
         printf(" %*.*f", width, digits, value);
     } else {
         printf(" %*s", width, "-");
+    }
+}
+
+static const char *way_of(const kv_setting *kv) {
+    return kv_is_none(kv) ? "-" : kv->agnostic ? "agnostic" : "aware";
+}
+
+static bool has_settings(const eval_run *run) {
+    return run->plan.num > 1 || run->plan.items[0].options[0];
+}
+
+/* "snapkv", with settings of decoding behind it where there are some. */
+static void kv_row_name(const eval_run *run, const eval_row *row, char *name, size_t room) {
+    snprintf(name, room, "%s%s%s", row->kv->name, has_settings(run) ? " " : "",
+             has_settings(run) ? row->setting->options : "");
+}
+
+static void print_kv_head(void) {
+    printf("%-10s %-*s %11s %-8s %5s %7s %7s %7s %9s %9s %9s\n", "task", KV_COLUMN, "policy", "size", "question", "n",
+           "exact %", "agree %", "kept %", "evictions", "score ms", "tokens/s");
+}
+
+static void print_kv_row(const eval_run *run, const eval_row *row) {
+    char name[512], size[32];
+    const text_score *s = &row->score;
+    kv_row_name(run, row, name, sizeof name);
+    kv_size_text(row->kv, size, sizeof size);
+    printf("%-10s %-*s %11s %-8s", row->task, KV_COLUMN, name, size, way_of(row->kv));
+    if (row->refused) {
+        printf(" refused: ");
+        print_clean(row->refused);
+    } else {
+        printf(" %5d", s->num);
+        print_number(7, 1, 100 * s->exact_match);
+        print_number(7, 1, 100 * row->agreement);
+        print_number(7, 1, s->full_bytes > 0 ? 100 * s->kept_bytes / s->full_bytes : 100);
+        print_number(9, 0, s->evictions);
+        print_number(9, 2, s->score_ms + s->step_score_ms);
+        print_number(9, 1, text_score_rate(s));
+    }
+    putchar('\n');
+}
+
+/* Of one task, policy and way: the row with the size of `like`; NULL = not measured. */
+static const eval_row *find_row(const eval_run *run, const eval_row *first, const kv_setting *like) {
+    for (int i = 0; i < run->num_rows; i++) {
+        const eval_row *r = &run->rows[i];
+        if (r->refused || r->task != first->task || r->setting != first->setting || !r->kv) continue;
+        bool same = strcmp(r->kv->name, first->kv->name) == 0 && r->kv->agnostic == first->kv->agnostic;
+        if (same && r->kv->budget == like->budget && fabs(r->kv->ratio - like->ratio) < 1e-12) return r;
+    }
+    return NULL;
+}
+
+/* Is `index` the first setting with its size? */
+static bool is_new_size(const eval_run *run, int index) {
+    const kv_setting *s = &run->kv.items[index];
+    for (int i = 0; i < index; i++) {
+        if (run->kv.items[i].budget == s->budget && fabs(run->kv.items[i].ratio - s->ratio) < 1e-12) return false;
+    }
+    return s->budget > 0 || s->ratio > 0;
+}
+
+/* Exact match by task and policy, a column a size; what needs no size stands in the first column of its own. */
+static void print_kv_summary(const eval_run *run) {
+    int num_sizes = 0;
+    char text[512];
+    for (int i = 0; i < run->kv.num; i++) num_sizes += is_new_size(run, i);
+    if (run->args.json || run->num_measured < 2 || num_sizes == 0) return;
+    printf("\nexact match, %%\n%-10s %-*s %-8s %7s", "task", KV_COLUMN, "policy", "question", "all");
+    for (int i = 0; i < run->kv.num; i++) {
+        if (!is_new_size(run, i)) continue;
+        kv_size_text(&run->kv.items[i], text, sizeof text);
+        printf(" %11s", text);
+    }
+    putchar('\n');
+    for (int i = 0; i < run->num_rows; i++) {
+        const eval_row *row = &run->rows[i];
+        const kv_setting all = {0};
+        if (!row->kv || row->refused) continue;
+        bool first = true;
+        for (int k = 0; k < i && first; k++) {
+            const eval_row *r = &run->rows[k];
+            first = r->refused || !r->kv || r->task != row->task || r->setting != row->setting ||
+                    strcmp(r->kv->name, row->kv->name) != 0 || r->kv->agnostic != row->kv->agnostic;
+        }
+        if (!first) continue;
+        kv_row_name(run, row, text, sizeof text);
+        printf("%-10s %-*s %-8s", row->task, KV_COLUMN, text, way_of(row->kv));
+        const eval_row *cell = find_row(run, row, &all);
+        print_number(7, 1, cell ? 100 * cell->score.exact_match : NAN);
+        for (int k = 0; k < run->kv.num; k++) {
+            if (!is_new_size(run, k)) continue;
+            cell = find_row(run, row, &run->kv.items[k]);
+            print_number(11, 1, cell ? 100 * cell->score.exact_match : NAN);
+        }
+        putchar('\n');
+    }
+}
+
+/* A policy cannot be seen to lose what the model does not have. */
+static void say_weak_tasks(const eval_run *run) {
+    for (int i = 0; i < run->num_rows; i++) {
+        const eval_row *row = &run->rows[i];
+        if (!row->kv || row->refused || !kv_is_none(row->kv) || row->score.exact_match >= VALID_SHARE) continue;
+        say("%s: %.1f %% right with the full cache, under %.0f %%: its rows say little about policies", row->task,
+            100 * row->score.exact_match, 100 * VALID_SHARE);
     }
 }
 
@@ -206,13 +341,37 @@ static void print_row(const eval_row *row) {
 static void print_rows(eval_run *run) {
     if (run->args.json || run->num_measured == 0) return;
     progress_end(&run->bar); /* the lines below take its place */
-    if (run->num_printed == 0) print_head();
-    while (run->num_printed < run->num_rows) print_row(&run->rows[run->num_printed++]);
+    bool kv = run->kv.num > 0;
+    if (run->num_printed == 0) (kv ? print_kv_head : print_head)();
+    for (; run->num_printed < run->num_rows; run->num_printed++) {
+        const eval_row *row = &run->rows[run->num_printed];
+        if (row->kv) {
+            print_kv_row(run, row);
+        } else {
+            print_row(row);
+        }
+    }
     fflush(stdout);
 }
 
 static cJSON *number_or_null(double value) {
     return isfinite(value) ? cJSON_CreateNumber(value) : cJSON_CreateNull();
+}
+
+static void add_kv_json(cJSON *o, const eval_row *row) {
+    const kv_setting *kv = row->kv;
+    const text_score *s = &row->score;
+    bool none = kv_is_none(kv);
+    cJSON_AddStringToObject(o, "kv_policy", kv->name);
+    cJSON_AddItemToObject(o, "kv_ratio", kv->ratio > 0 ? cJSON_CreateNumber(kv->ratio) : cJSON_CreateNull());
+    cJSON_AddItemToObject(o, "aware", none ? cJSON_CreateNull() : cJSON_CreateBool(!kv->agnostic));
+    if (row->refused) return;
+    cJSON_AddNumberToObject(o, "kv_budget", s->kv_budget);
+    cJSON_AddNumberToObject(o, "kept_bytes", s->kept_bytes);
+    cJSON_AddNumberToObject(o, "full_bytes", s->full_bytes);
+    cJSON_AddNumberToObject(o, "evictions", s->evictions);
+    cJSON_AddNumberToObject(o, "score_ms", s->score_ms);
+    cJSON_AddNumberToObject(o, "step_score_ms", s->step_score_ms);
 }
 
 static rf_status print_json(const eval_run *run, rf_error *err) {
@@ -226,6 +385,7 @@ static rf_status print_json(const eval_run *run, rf_error *err) {
         cJSON_AddStringToObject(o, "policy", row->setting->policy);
         cJSON_AddStringToObject(o, "options", row->setting->options);
         cJSON_AddStringToObject(o, "model", run->text.name);
+        if (row->kv) add_kv_json(o, row);
         if (row->refused) {
             cJSON_AddStringToObject(o, "refused", row->refused);
             continue;
@@ -258,9 +418,10 @@ static bool is_refusal(rf_status st) {
     return st == RF_ERR_UNSUPPORTED || st == RF_ERR_CONFIG || st == RF_ERR_ARGUMENT || st == RF_ERR_DEVICE_MEMORY;
 }
 
-static eval_row *new_row(eval_run *run, int task, const sweep_setting *setting, const text_samples *samples) {
+static eval_row *new_row(eval_run *run, int task, const sweep_setting *setting, const kv_setting *kv,
+                         const text_samples *samples) {
     eval_row *row = &run->rows[run->num_rows++];
-    *row = (eval_row){.task = task_at(task)->name, .setting = setting, .agreement = NAN, .nll = NAN};
+    *row = (eval_row){.task = task_at(task)->name, .setting = setting, .kv = kv, .agreement = NAN, .nll = NAN};
     if (samples) {
         row->answer_tokens = samples->answer_tokens;
         row->max_new = samples->max_new;
@@ -287,10 +448,14 @@ static void on_sample(void *user) {
 }
 
 static rf_status options_of(const eval_run *run, const text_samples *samples, const sweep_setting *setting,
-                            rf_decode_options *o, rf_error *err) {
+                            const kv_setting *kv, rf_decode_options *o, rf_error *err) {
     RF_TRY(text_score_options(o, &run->text, samples, &run->args.settings, setting, run->guide, 0, err));
     if (o->commit == RF_COMMIT_GUIDED && !o->guide)
         return rf_fail(err, RF_ERR_ARGUMENT, "commit guided: needs --guide MODEL");
+    if (!kv) return RF_OK;
+    kv_apply(kv, o);
+    RF_TRY(rf_decode_options_check(o, run->text.model, samples->longest, err));
+    o->kv_context = kv->agnostic; /* each sample's own */
     return RF_OK;
 }
 
@@ -302,13 +467,13 @@ static bool is_reference(const eval_run *run, const rf_decode_options *o) {
 }
 
 static rf_status eval_setting(eval_run *run, const text_samples *samples, const sweep_setting *setting,
-                              const text_score *reference, rf_error *err) {
-    eval_row *row = new_row(run, samples->task, setting, samples);
+                              const kv_setting *kv, const text_score *reference, rf_error *err) {
+    eval_row *row = new_row(run, samples->task, setting, kv, samples);
     rf_decode_options o;
     text_score score = {0};
     bool warm = rf_backend_get_kind(run->text.backend) == RF_BACKEND_CUDA;
-    rf_status st = options_of(run, samples, setting, &o, err);
-    if (st == RF_OK && reference->tokens && is_reference(run, &o)) {
+    rf_status st = options_of(run, samples, setting, kv, &o, err);
+    if (st == RF_OK && reference->tokens && !kv && is_reference(run, &o)) {
         row->score = *reference;
         row->agreement = 1;
     } else if (st == RF_OK) {
@@ -325,18 +490,36 @@ static rf_status eval_setting(eval_run *run, const text_samples *samples, const 
     return RF_OK;
 }
 
-/* One token a pass, every row; nothing if no setting can run. */
+/* One token a pass, every row, the whole cache; nothing if no setting can run. */
 static rf_status make_reference(eval_run *run, const text_samples *samples, text_score *reference, rf_error *err) {
     rf_decode_options o;
     rf_error ignored = {0};
     rf_status st = RF_ERR_ARGUMENT;
     bool warm = rf_backend_get_kind(run->text.backend) == RF_BACKEND_CUDA;
-    if (text_is_causal(&run->text) || run->args.no_agreement) return RF_OK;
+    if ((text_is_causal(&run->text) && run->kv.num == 0) || run->args.no_agreement) return RF_OK;
     for (int i = 0; i < run->plan.num && st != RF_OK; i++)
-        st = options_of(run, samples, &run->plan.items[i], &o, &ignored);
+        st = options_of(run, samples, &run->plan.items[i], NULL, &o, &ignored);
     if (st != RF_OK) return RF_OK; /* the rows say why */
     o = text_reference_options(&o, &run->text);
     return text_score_run(reference, &run->text, samples, &o, warm, on_sample, run, err);
+}
+
+/* Of setting i of the plan all there are; samples NULL: refused, as `why` says. */
+static rf_status eval_policies(eval_run *run, int task, const sweep_setting *setting, const text_samples *samples,
+                               const text_score *reference, const rf_error *why, rf_error *err) {
+    bool both = !run->args.aware && !run->args.agnostic;
+    rf_status st = RF_OK;
+    for (int k = 0; k < (run->kv.num > 0 ? run->kv.num : 1) && st == RF_OK; k++) {
+        const kv_setting *kv = run->kv.num > 0 ? &run->kv.items[k] : NULL;
+        if (!samples) {
+            *err = *why;
+            st = refuse(run, new_row(run, task, setting, kv, NULL), why->status, err);
+        } else if (!kv || !kv->agnostic || samples->contexts[0] > 0 ||
+                   !both) { /* without a question there is one way */
+            st = eval_setting(run, samples, setting, kv, reference, err);
+        }
+    }
+    return st;
 }
 
 static rf_status eval_task(eval_run *run, int task, rf_error *err) {
@@ -348,14 +531,12 @@ static rf_status eval_task(eval_run *run, int task, rf_error *err) {
     if (st == RF_OK) {
         st = make_reference(run, &samples, &reference, err);
         for (int i = 0; i < run->plan.num && st == RF_OK; i++)
-            st = eval_setting(run, &samples, &run->plan.items[i], &reference, err);
+            st = eval_policies(run, task, &run->plan.items[i], &samples, &reference, NULL, err);
     } else if (is_refusal(st)) {
         rf_error why = *err;
         st = RF_OK;
-        for (int i = 0; i < run->plan.num && st == RF_OK; i++) {
-            *err = why;
-            st = refuse(run, new_row(run, task, &run->plan.items[i], NULL), why.status, err);
-        }
+        for (int i = 0; i < run->plan.num && st == RF_OK; i++)
+            st = eval_policies(run, task, &run->plan.items[i], NULL, &reference, &why, err);
     }
     text_score_free(&reference);
     text_samples_free(&samples);
@@ -392,7 +573,7 @@ static rf_status nll_of(eval_run *run, const rf_token_ids *ids, eval_row *row, r
 }
 
 static rf_status eval_text(eval_run *run, int task, rf_error *err) {
-    eval_row *row = new_row(run, task, &run->plan.items[0], NULL);
+    eval_row *row = new_row(run, task, &run->plan.items[0], NULL, NULL);
     rf_token_ids ids = {0};
     char *bytes = NULL;
     size_t num = 0;
@@ -425,7 +606,11 @@ static rf_status eval_all(eval_run *run, rf_error *err) {
         RF_TRY(task_at(i)->kind == TASK_TEXT ? eval_text(run, i, err) : eval_task(run, i, err));
     }
     progress_end(&run->bar);
-    if (run->num_measured > 0) return run->args.json ? print_json(run, err) : RF_OK;
+    if (run->num_measured > 0) {
+        print_kv_summary(run);
+        if (!run->args.quiet) say_weak_tasks(run);
+        return run->args.json ? print_json(run, err) : RF_OK;
+    }
     *err = run->first_refusal;
     return err->status;
 }
@@ -435,6 +620,7 @@ static void close_run(eval_run *run) {
     for (int i = 0; i < run->num_rows; i++) rf_free(run->rows[i].refused);
     rf_free(run->rows);
     sweep_plan_free(&run->plan);
+    kv_settings_free(&run->kv);
     rf_text_model_close(run->guide);
     close_text_model(&run->text);
 }
@@ -451,8 +637,13 @@ int cmd_eval(int argc, char **argv) {
     }
     run.log = program_log(run.args.quiet ? -1 : run.args.verbosity);
     cancel_install();
-    rf_status st = task_count() <= MAX_TASKS ? text_tasks_read(tasks, run.of, "tasks", &err)
-                                             : rf_fail(&err, RF_ERR_STATE, "more than %d tasks", MAX_TASKS);
+    char *names = NULL;
+    rf_status st = plan_kv(&run, &err);
+    if (st == RF_OK) st = kv_task_names(&names, tasks, run.kv.num > 0, run.args.quiet, &err);
+    if (st == RF_OK)
+        st = task_count() <= MAX_TASKS ? text_tasks_read(names, run.of, "tasks", &err)
+                                       : rf_fail(&err, RF_ERR_STATE, "more than %d tasks", MAX_TASKS);
+    rf_free(names);
     if (st == RF_OK) st = open_run(&run, &err);
     if (st == RF_OK) st = eval_all(&run, &err);
     int status = st == RF_OK ? EXIT_OK : fail_with(&err);

@@ -1,10 +1,11 @@
-/* samples/refrain/cmd_policies.c - `refrain policies`: which ways there are to reuse work between steps, the options of one, and
- * the presets of a model (its cache.json alone is read, not its weights). */
+/* samples/refrain/cmd_policies.c - `refrain policies`: which ways there are to reuse work between steps and to keep less of a cache, the
+ * options of one, and the presets of a model (its cache.json alone is read, not its weights). */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "caching/kv/kv.h"
 #include "caching/presets.h"
 #include "core/file.h"
 #include "core/memory.h"
@@ -19,6 +20,7 @@
 #define PAPER_WIDTH 12
 #define TEXT_WIDTH  10 /* of the headings of one policy */
 #define VALUE_WIDTH 26
+#define KV_WIDTH    18 /* names of KV methods */
 
 /* Text from column `column` on, broken between words; the cursor is there already. */
 static void print_wrapped(const char *text, int column) {
@@ -57,11 +59,22 @@ static void print_line(const rf_policy_def *def) {
     print_wrapped(def->summary, NAME_WIDTH + LEVEL_WIDTH + PAPER_WIDTH);
 }
 
+static void print_method(const rf_kv_method *m) {
+    char number[32];
+    paper_number(m->source, number, sizeof number);
+    printf("%-*s%-*s", KV_WIDTH, m->name, PAPER_WIDTH, number);
+    print_wrapped(m->about, KV_WIDTH + PAPER_WIDTH);
+}
+
 static void print_list(void) {
     printf("%-*s%-*s%-*s%s\n", NAME_WIDTH, "name", LEVEL_WIDTH, "level", PAPER_WIDTH, "arXiv", "what it does");
     for (int i = 0; i < rf_policy_count(); i++) print_line(rf_policy_at(i));
     printf("\nRows of a text (refrain text --cache-mode NAME):\n");
     for (int i = 0; i < rf_row_policy_count(); i++) print_line(rf_row_policy_at(i));
+    printf("\nKeys and values of an autoregressive model (refrain text --kv-policy NAME):\n");
+    for (int i = 0; i < rf_kv_num_methods(); i++) print_method(rf_kv_method_at(i));
+    printf("Parts of one can be changed, or put together anew: snapkv:window=16+alloc=cake,\n"
+           "score=attention,queries=window. refrain policies kv lists all of them.\n");
     printf("\nrefrain policies NAME shows one with its options; refrain policies -m MODEL the\n"
            "presets of a model; refrain image --cache-mode NAME --cache-option K=V uses one,\n"
            "refrain world too: all of them fit worlds, but for those of text.\n");
@@ -89,6 +102,16 @@ static void print_heading(const char *heading, const char *text) {
     print_wrapped(text, 2 + TEXT_WIDTH);
 }
 
+static void print_option(const rf_policy_option *o) {
+    char left[128], range[512] = "", right[1024];
+    snprintf(left, sizeof left, "  %s=%s", o->name, o->def);
+    printf("%-*s", VALUE_WIDTH, left);
+    if (strlen(left) >= VALUE_WIDTH) printf("\n%*s", VALUE_WIDTH, "");
+    range_text(o, range, sizeof range);
+    snprintf(right, sizeof right, "%s; %s", o->help, range);
+    print_wrapped(right, VALUE_WIDTH);
+}
+
 static void print_policy(const rf_policy_def *def) {
     printf("%s (%s level)\n", def->name, def->level);
     print_heading("does", def->summary);
@@ -100,16 +123,61 @@ static void print_policy(const rf_policy_def *def) {
                                     : "inside the steps of a frame");
     }
     printf("\noptions, with their defaults%s\n", def->num_options ? ":" : ": none");
-    for (int i = 0; i < def->num_options; i++) {
-        const rf_policy_option *o = &def->options[i];
-        char left[128], range[256] = "", right[1024];
-        snprintf(left, sizeof left, "  %s=%s", o->name, o->def);
-        printf("%-*s", VALUE_WIDTH, left);
-        if (strlen(left) >= VALUE_WIDTH) printf("\n%*s", VALUE_WIDTH, "");
-        range_text(o, range, sizeof range);
-        snprintf(right, sizeof right, "%s; %s", o->help, range);
-        print_wrapped(right, VALUE_WIDTH);
+    for (int i = 0; i < def->num_options; i++) print_option(&def->options[i]);
+}
+
+/* ---- KV methods ---- */
+
+static const rf_kv_method *find_method(const char *name) {
+    for (int i = 0; i < rf_kv_num_methods(); i++) {
+        if (strcmp(rf_kv_method_at(i)->name, name) == 0) return rf_kv_method_at(i);
     }
+    return NULL;
+}
+
+/* What it stands for, as a user would write it. */
+static rf_status method_rule(const rf_kv_method *m, char *text, size_t room, rf_error *err) {
+    rf_kv_rule rule;
+    RF_TRY(rf_kv_rule_parse(&rule, m->name, err));
+    rf_kv_rule_describe(&rule, text, room);
+    return RF_OK;
+}
+
+/* Breaks behind commas, where print_wrapped breaks between words. */
+static void print_rule(const char *rule) {
+    char spaced[1024];
+    size_t used = 0;
+    for (; *rule && used + 3 < sizeof spaced; rule++) {
+        spaced[used++] = *rule;
+        if (*rule == ',') spaced[used++] = ' ';
+    }
+    spaced[used] = 0;
+    print_heading("is", spaced);
+}
+
+static rf_status print_one_method(const rf_kv_method *m, rf_error *err) {
+    char rule[1024];
+    RF_TRY(method_rule(m, rule, sizeof rule, err));
+    printf("%s (keys and values of an autoregressive model)\n", m->name);
+    print_heading("does", m->about);
+    print_heading("source", m->source);
+    print_rule(rule);
+    print_heading("use", "refrain text --kv-policy NAME --kv-budget N or --kv-ratio R; --kv-option KEY=VALUE changes "
+                         "what it is, keys: refrain policies kv");
+    return RF_OK;
+}
+
+static void print_kv_keys(void) {
+    printf("Methods (--kv-policy NAME)\n");
+    for (int i = 0; i < rf_kv_num_methods(); i++) {
+        const rf_kv_method *m = rf_kv_method_at(i);
+        print_method(m);
+        printf("%*s", KV_WIDTH + PAPER_WIDTH, "");
+        print_wrapped(m->source, KV_WIDTH + PAPER_WIDTH);
+    }
+    printf("\nKeys (--kv-policy NAME:KEY=VALUE+KEY=VALUE, --kv-option KEY=VALUE), with the\n"
+           "defaults of a rule that is put together from parts:\n");
+    for (int i = 0; i < rf_kv_num_keys(); i++) print_option(rf_kv_key_at(i));
 }
 
 /* ---- JSON ---- */
@@ -168,7 +236,50 @@ static cJSON *policy_json(const rf_policy_def *def) {
     return object;
 }
 
-/* only: NULL = all of them. */
+/* The keys are the same of every method: they stand once, under the name "kv". */
+static cJSON *method_json(const rf_kv_method *m, const char *rule) {
+    cJSON *object = cJSON_CreateObject();
+    cJSON_AddStringToObject(object, "name", m->name);
+    cJSON_AddStringToObject(object, "family", "kv");
+    cJSON_AddStringToObject(object, "level", "cache");
+    cJSON_AddStringToObject(object, "paper", m->source);
+    cJSON_AddStringToObject(object, "about", m->about);
+    cJSON_AddStringToObject(object, "rule", rule);
+    return object;
+}
+
+static cJSON *keys_json(void) {
+    cJSON *object = cJSON_CreateObject();
+    cJSON_AddStringToObject(object, "name", "kv");
+    cJSON_AddStringToObject(object, "family", "kv");
+    cJSON_AddStringToObject(object, "level", "keys");
+    cJSON *options = cJSON_AddArrayToObject(object, "options");
+    for (int i = 0; i < rf_kv_num_keys(); i++) cJSON_AddItemToArray(options, option_json(rf_kv_key_at(i)));
+    return object;
+}
+
+/* Of a method, or of all (NULL). */
+static rf_status add_methods(cJSON *root, const rf_kv_method *only, rf_error *err) {
+    char rule[1024];
+    for (int i = 0; i < rf_kv_num_methods(); i++) {
+        const rf_kv_method *m = rf_kv_method_at(i);
+        if (only && m != only) continue;
+        RF_TRY(method_rule(m, rule, sizeof rule, err));
+        cJSON_AddItemToArray(root, method_json(m, rule));
+    }
+    return RF_OK;
+}
+
+static rf_status print_kv_json(const rf_kv_method *only, rf_error *err) {
+    cJSON *root = cJSON_CreateArray();
+    rf_status st = add_methods(root, only, err);
+    if (st == RF_OK && !only) cJSON_AddItemToArray(root, keys_json());
+    if (st == RF_OK) return report_print_json(root, err);
+    cJSON_Delete(root);
+    return st;
+}
+
+/* only: NULL = all of them, but for KV methods, which are no --cache-mode. */
 static rf_status print_json(const rf_policy_def *only, rf_error *err) {
     cJSON *root = cJSON_CreateArray();
     for (int i = 0; i < rf_policy_count() + rf_row_policy_count(); i++) {
@@ -266,7 +377,8 @@ int cmd_policies(int argc, char **argv) {
     };
     const arg_spec spec = {.command = "refrain policies",
                            .usage = "[NAME] [options]",
-                           .about = "Lists the policies of --cache-mode, or shows one with its options.",
+                           .about =
+                               "Lists the policies of --cache-mode and --kv-policy, or shows one with its options.",
                            .options = options,
                            .num_options = sizeof options / sizeof options[0],
                            .max_positional = 1,
@@ -280,9 +392,14 @@ int cmd_policies(int argc, char **argv) {
 
     rf_error err = {0};
     rf_policy *policy = NULL; /* made for the message where there is none of that name */
-    rf_status st = name ? rf_policy_create(&policy, name, &err) : RF_OK;
+    const rf_kv_method *method = name ? find_method(name) : NULL;
+    bool kv = method || (name && strcmp(name, "kv") == 0);
+    rf_status st = name && !kv ? rf_policy_create(&policy, name, &err) : RF_OK;
     const rf_policy_def *def = policy ? rf_policy_get_def(policy) : NULL;
-    if (st == RF_OK && model) {
+    if (kv) {
+        st = json ? print_kv_json(method, &err) : method ? print_one_method(method, &err) : RF_OK;
+        if (!json && !method) print_kv_keys();
+    } else if (st == RF_OK && model) {
         st = print_presets(model, json, &err);
     } else if (st == RF_OK && json) {
         st = print_json(def, &err);

@@ -32,25 +32,53 @@
 #define SEARCH_ROUNDS   7
 #define EVERY_STEP      12 /* worlds of up to so many steps have every number of fewer steps as control */
 
+/* One of each way to choose, and what papers compare with. */
+#define KV_POLICIES "streaming,random,h2o,tova,snapkv,pyramidkv,adakv,knorm,keydiff,expected,cake,obcache,caote"
+#define KV_RATIOS   "0.75,0.5,0.35,0.25,0.125,0.0625"
+
 static const char sampler_names[] = "ddpm ddim dpm++2m dpm++2m-sde euler flow-euler";
 
 /* --- options ------------------------------------------------------------------------------------------------------ */
+
+/* A sweep of KV policies, which are then the ones of --policy, has no control. */
+static args_result check_kv(sweep_args *a) {
+    const char *needs = a->kv.budgets ? "kv-budget" : a->kv.ratios ? "kv-ratio" : a->agnostic ? "agnostic" : NULL;
+    const char *other = a->fewer_steps ? "fewer-steps" : a->guide ? "guide" : a->synthetic ? "synthetic-weights" : NULL;
+    if (!a->is_kv && needs) {
+        say_error("--%s: of policies of a cache, --kv", needs);
+        return ARGS_USAGE_ERROR;
+    }
+    if (a->is_kv && other) {
+        say_error("--kv and --%s exclude each other", other);
+        return ARGS_USAGE_ERROR;
+    }
+    if (!a->is_kv) return ARGS_OK;
+    a->kv.policies = a->policies;
+    a->kv.flag = "--policy";
+    a->policies.count = 0;
+    if (!a->model) a->model = KV_DEFAULT_MODEL;
+    return ARGS_OK;
+}
 
 static args_result read_args(sweep_args *a, int argc, char **argv) {
     *a = (sweep_args){.device = "auto", .dtype = "auto", .seed = DEFAULT_SEED, .cfg_scale = NAN};
     const arg_option options[] = {
         arg_string("model", 'm', "DIR", "of images, a world or text; a shipped one's name", &a->model),
-        arg_strings("policy", 0, "SPEC", "NAME:OPT=A..B/N;OPT2=V,V or all; may be repeated (all)", &a->policies),
+        arg_strings("policy", 0, "SPEC", "NAME:OPT=A..B/N;OPT2=V,V or all; repeatable (all)", &a->policies),
         arg_string("fewer-steps", 0, "LIST", "the control: auto or step counts (default: auto)", &a->fewer_steps),
-        arg_string("report", 0, "DIR", "for results, report.html; starts again where it was", &a->report),
+        arg_string("report", 0, "DIR", "for results, report.html; goes on where it was", &a->report),
         arg_int("num", 'n', "N", "pictures, or samples of each task (default: 4)", &a->num_pictures, 1, MAX_PICTURES),
         arg_string("task", 0, "LIST", "of text: all, long, names (total,eval,trace)", &a->tasks),
         arg_string("guide", 0, "MODEL", "of text: for commit=guided (default: none)", &a->guide),
+        arg_flag("kv", 0, "of text-ar: --policy is of its cache: snapkv,h2o", &a->is_kv),
+        arg_string("kv-budget", 0, "N,...", "of that: tokens a layer and key head", &a->kv.budgets),
+        arg_string("kv-ratio", 0, "R,...", "or shares of the prompt (six from 0.75 to 0.06)", &a->kv.ratios),
+        arg_flag("agnostic", 0, "of --kv: compress before the question", &a->agnostic),
         arg_strings("class", 0, "NAME|ID", "several take turns (default: spread over all)", &a->classes),
         arg_int("steps", 0, "N", "denoising steps (default: 50; a world's own)", &a->num_steps, 2, 10000),
         arg_double("cfg-scale", 0, "X", "guidance; 1 = off (default: 4)", &a->cfg_scale, 0, 1000),
-        arg_choice("sampling-method", 0, "ddpm, ddim, dpm++2m, dpm++2m-sde, euler, flow-euler (default: the model's)",
-                   &a->sampler, sampler_names),
+        arg_choice("sampling-method", 0, "ddpm, dpm++2m, euler, ... (default: the model's)", &a->sampler,
+                   sampler_names),
         arg_int("width", 'W', "PIXELS", "of pictures (default: the model's)", &a->width, 8, 16384),
         arg_int("height", 'H', "PIXELS", "default: the model's", &a->height, 8, 16384),
         arg_int("frames", 0, "N", "of a walk, with the first (default: 24)", &a->num_frames, 2, MAX_FRAMES),
@@ -86,7 +114,7 @@ static args_result read_args(sweep_args *a, int argc, char **argv) {
         say_error("--model and --synthetic-weights exclude each other");
         return ARGS_USAGE_ERROR;
     }
-    return result;
+    return result == ARGS_OK ? check_kv(a) : result;
 }
 
 /* An option that would do nothing is refused. */
@@ -117,6 +145,7 @@ static rf_status check_kind(const sweep_run *run, rf_error *err) {
         {searches, "target-...", IMAGES | WORLDS},
         {a->tasks != NULL, "task", TEXTS},
         {a->guide != NULL, "guide", TEXTS},
+        {a->is_kv, "kv", TEXTS},
     };
     unsigned kind = run->is_text ? TEXTS : run->is_world ? WORLDS : IMAGES;
     for (size_t i = 0; i < sizeof options / sizeof options[0]; i++) {
@@ -193,8 +222,32 @@ static rf_status add_control(sweep_run *run, rf_error *err) {
     return sweep_plan_add_steps(&run->plan, text, run->num_steps, err);
 }
 
+static rf_status make_kv_settings(sweep_run *run, rf_error *err) {
+    kv_args args = run->args.kv;
+    if (!kv_args_given(&args)) {
+        args.policies.count = 1;
+        args.policies.items[0] = KV_POLICIES;
+    }
+    return kv_settings_make(&run->kv, &args, run->args.agnostic ? KV_AGNOSTIC : KV_AWARE, KV_RATIOS, err);
+}
+
+/* The uncached run, then policy by policy with falling sizes. */
+static rf_status make_kv_plan(sweep_run *run, rf_error *err) {
+    RF_TRY(add_spec(run, SWEEP_UNCACHED, err));
+    for (int i = 0; i < run->kv.num; i++) {
+        const kv_setting *kv = &run->kv.items[i];
+        char size[32] = "";
+        if (kv_is_none(kv)) continue;
+        if (kv->budget > 0) snprintf(size, sizeof size, "budget=%d", (int)kv->budget);
+        if (kv->ratio > 0) snprintf(size, sizeof size, "ratio=%g", kv->ratio);
+        RF_TRY(sweep_plan_add_kv(&run->plan, kv->name, size, kv, err));
+    }
+    return RF_OK;
+}
+
 static rf_status make_plan(sweep_run *run, rf_error *err) {
     const sweep_args *a = &run->args;
+    if (a->is_kv) return make_kv_plan(run, err);
     if (is_search(a) && a->policies.count == 0)
         return rf_fail(err, RF_ERR_ARGUMENT, "--target-...: expected the policy to search, as --policy NAME");
     if (run->is_text) RF_TRY(add_spec(run, SWEEP_UNCACHED, err)); /* what the table is read against */
@@ -216,6 +269,7 @@ static rf_status make_plan(sweep_run *run, rf_error *err) {
 /* A wrong spec is found before anything is loaded; the numbers of steps of a world are known then. */
 static rf_status open_run(sweep_run *run, rf_error *err) {
     const sweep_args *a = &run->args;
+    if (a->is_kv) RF_TRY(make_kv_settings(run, err));
     RF_TRY(find_kind(run, err));
     bool known_later = run->is_world || run->is_text;
     run->num_steps = a->num_steps ? (int)a->num_steps : known_later ? 0 : DEFAULT_STEPS;
@@ -519,6 +573,9 @@ static void say_row(const sweep_run *run, const sweep_row *row) {
     }
     if (strcmp(row->status, "refused") == 0) {
         say("%s%s refused: %s", done, name, row->reason);
+    } else if (run->args.is_kv) {
+        say("%s%s: %.1f %% right, %.1f %% of tokens agree, %.1f %% of the cache kept, %.1f tokens/s%s", done, name,
+            100 * row->score, 100 * row->agreement, 100 * row->kept_bytes / row->full_bytes, row->tok_s, left);
     } else if (run->is_text) {
         say("%s%s: %.2fx, %.1f %% right, %.1f %% of tokens agree, %.1f tokens/s, %.1f %% of row-passes%s", done, name,
             row->speedup, 100 * row->score, 100 * row->agreement, row->tok_s, 100 * row->share_rows, left);
@@ -756,6 +813,7 @@ static void close_run(sweep_run *run) {
     rf_backend_close(run->backend);
     sweep_store_close(run->store);
     sweep_plan_free(&run->plan);
+    kv_settings_free(&run->kv);
     sweep_reference_free(&run->reference);
     rf_free(run->latents);
     rf_free(run->pictures);

@@ -10,6 +10,7 @@
 
 #include "core/file.h"
 #include "core/memory.h"
+#include "samples/refrain/kv_map.h"
 #include "samples/refrain/outputs.h"
 #include "samples/refrain/program.h"
 #include "samples/refrain/text_run.h"
@@ -17,7 +18,7 @@
 
 #define DEFAULT_SEED 42
 #define MAX_NEW      1048576
-#define OWN_ROWS     40
+#define OWN_ROWS     48
 
 /* ---- options ---- */
 
@@ -42,6 +43,8 @@ static args_result read_args(text_args *a, int argc, char **argv) {
         arg_string("cache-mode", 0, "NAME", "a row policy of refrain policies (default: none)", &a->cache.mode),
         arg_strings("cache-option", 0, "K=V,...", "its options: refrain policies NAME", &a->cache.options),
         arg_flag("force", 0, "use a policy that does not fit", &a->cache.force),
+        KV_ARG_ROWS(&a->kv),
+        arg_string("kv-map", 0, "FILE.png", "a picture of what the policy keeps", &a->kv_map),
     };
     const arg_option late[] = {
         arg_string("guide", 0, "MODEL", "autoregressive, of --commit guided (text-ar)", &a->guide),
@@ -76,11 +79,21 @@ static args_result read_args(text_args *a, int argc, char **argv) {
 
 /* ---- opening ---- */
 
+/* What can be said about the cache's policy before a model is loaded. */
+static rf_status plan_kv(text_run *run, rf_error *err) {
+    const text_args *a = &run->args;
+    RF_TRY(kv_settings_make(&run->kv, &a->kv, KV_AWARE, NULL, err));
+    if (!a->kv_map) return RF_OK;
+    if (run->kv.num == 0) return rf_fail(err, RF_ERR_ARGUMENT, "--kv-map: no policy is chosen (--kv-policy)");
+    return output_check(a->kv_map, err);
+}
+
 static rf_status open_model(text_run *run, rf_error *err) {
     const text_args *a = &run->args;
     double start = now_ms();
-    RF_TRY(
-        open_text_model(&run->text, a->model, a->synthetic, 0, a->device, (int)a->threads, a->dtype, &run->log, err));
+    const char *model = !a->model && !a->synthetic && run->kv.num > 0 ? KV_DEFAULT_MODEL : a->model;
+    RF_TRY(open_text_model(&run->text, model, a->synthetic, 0, a->device, (int)a->threads, a->dtype, &run->log, err));
+    if (run->kv.num > 0) RF_TRY(kv_check_model(&run->text, "--kv-policy", err));
     if (a->tune && rf_backend_get_kind(run->text.backend) != RF_BACKEND_CUDA)
         return rf_fail(err, RF_ERR_ARGUMENT, "--tune chooses CUDA GEMM algorithms; the device is %s",
                        rf_backend_name(run->text.backend));
@@ -118,6 +131,7 @@ static rf_status plan_options(text_run *run, rf_error *err) {
     if (run->guide && o.commit != RF_COMMIT_GUIDED) return rf_fail(err, RF_ERR_ARGUMENT, "--guide: of --commit guided");
     o.guide = run->guide;
     o.record_trace = a->trace != NULL;
+    if (run->kv.num > 0) kv_apply(&run->kv.items[0], &o);
     o.tune_gemm = a->tune;
     run->tuning_path = tuning_cache_path(a->tune);
     o.gemm_tuning = run->tuning_path;
@@ -193,6 +207,17 @@ static void trace_line(void *user, const char *line) {
     rf_file_writer_write(user, "\n", 1);
 }
 
+static rf_status save_map(const text_run *run, rf_decoder *decoder, const text_outcome *out, rf_error *err) {
+    const kv_setting *setting = &run->kv.items[0];
+    kv_map map;
+    rf_status st = kv_map_read(&map, decoder, &run->text, (int32_t)run->prompt.num, out->result.num_all, err);
+    map.policy = setting->name;
+    map.budget = kv_numbers_of(&out->result).budget;
+    if (st == RF_OK) st = kv_map_save(&map, run->args.kv_map, err);
+    kv_map_free(&map);
+    return st;
+}
+
 /* On CUDA the first run captures graphs: where times are compared it does not count. */
 static rf_status decode_warm(text_run *run, const rf_decode_options *o, bool shown, text_outcome *out,
                              rf_file_writer *trace, rf_error *err) {
@@ -204,6 +229,7 @@ static rf_status decode_warm(text_run *run, const rf_decode_options *o, bool sho
     if (warms_up) free_outcome(out);
     if (st == RF_OK) st = decode(run, decoder, o, shown, out, err);
     if (st == RF_OK && trace) st = rf_decoder_write_trace(decoder, trace_line, trace, err);
+    if (st == RF_OK && run->args.kv_map) st = save_map(run, decoder, out, err);
     rf_decoder_destroy(decoder);
     return st;
 }
@@ -241,6 +267,7 @@ static void close_run(text_run *run) {
     free_outcome(&run->reference);
     rf_token_ids_clear(&run->prompt);
     rf_policy_destroy(run->policy);
+    kv_settings_free(&run->kv);
     rf_free(run->cache_options);
     rf_free(run->tuning_path);
     rf_free(run->task_prompt);
@@ -260,6 +287,7 @@ int cmd_text(int argc, char **argv) {
 
     rf_status st = text_prompt_check(&run.args, &err);
     if (st == RF_OK) st = text_row_policy(&run.policy, &run.args.cache, &err);
+    if (st == RF_OK) st = plan_kv(&run, &err);
     if (st == RF_OK && run.args.trace) st = output_check(run.args.trace, &err);
     if (st == RF_OK) st = open_model(&run, &err);
     if (st == RF_OK && run.policy) {

@@ -11,8 +11,8 @@
 #include "samples/refrain/sweep_report.h"
 
 /* What a plot has to the right: speed-up as measured; all token rows over the computed ones; the speed-up against the run that computes
- * everything in every step; text: tokens a second. */
-typedef enum { SWEEP_X_SPEED = 0, SWEEP_X_WORK, SWEEP_X_PLAIN, SWEEP_X_RATE } sweep_axis;
+ * everything in every step; text: tokens a second; KV policies: the part of the cache's bytes that is kept, in %. */
+typedef enum { SWEEP_X_SPEED = 0, SWEEP_X_WORK, SWEEP_X_PLAIN, SWEEP_X_RATE, SWEEP_X_KEPT } sweep_axis;
 double sweep_x_of(const sweep_row *row, sweep_axis axis);
 bool sweep_on_front_by(const sweep_store *store, const sweep_row *row, sweep_metric metric, sweep_axis axis);
 /* The control by rising x. Returns the number of points; points NULL: counts only. */
@@ -66,6 +66,10 @@ const sweep_row *page_fastest(const page *p, sweep_metric metric, double level, 
 
 /* ---- sweep_words.c ---- */
 
+/* Of KV policies: the smallest cache at a quality, the best policy at a size; the table; how it was measured. */
+void page_out_kv_summary(page *p);
+void page_out_kv_table(page *p);
+void page_out_kv_method(page *p);
 void page_out_words_summary(page *p);
 void page_out_words_table(page *p);
 void page_out_words_method(page *p);

@@ -231,6 +231,12 @@ static const char *const contexts[] = {"rebuild", "keep", "sinks", "off"};
 /* "NAME:all options" and what a world's setting says besides, if it does; "steps:N". rf_free. */
 static char *key_of(const sweep_setting *s) {
     char more[64];
+    if (s->kv) { /* nothing else is resolved */
+        size_t num = strlen(s->policy) + strlen(s->options) + 2;
+        char *text = rf_alloc(num);
+        if (text) snprintf(text, num, "%s:%s", s->policy, s->options);
+        return text;
+    }
     size_t describe = s->object ? rf_policy_describe(s->object, NULL, 0) : 0, len = strlen(s->policy), used = 0;
     more[0] = 0;
     if (s->num_steps > 0) used += (size_t)snprintf(more, sizeof more, "%d", s->num_steps);
@@ -255,7 +261,7 @@ static rf_status append(sweep_plan *plan, sweep_setting s, const char *name, con
     rf_policy *object = s.object;
     s.policy = rf_strdup(name);
     s.options = rf_strdup(options);
-    s.key = s.policy ? key_of(&s) : NULL;
+    s.key = s.policy && s.options ? key_of(&s) : NULL;
     rf_status st = s.policy && s.options && s.key ? RF_OK : no_memory(err);
     bool known = st == RF_OK && sweep_plan_find(plan, s.key) >= 0;
     if (st == RF_OK && !known && plan->num == SWEEP_MAX_SETTINGS)
@@ -666,6 +672,11 @@ rf_status sweep_plan_add_text_list(sweep_plan *plan, const char *specs, bool blo
         if (!*end) return RF_OK;
         at = end + 1;
     }
+}
+
+rf_status sweep_plan_add_kv(sweep_plan *plan, const char *name, const char *options, const struct kv_setting *kv,
+                            rf_error *err) {
+    return append(plan, (sweep_setting){.context = SWEEP_CONTEXT_GIVEN, .kv = kv}, name, options, err);
 }
 
 /* --- the control -------------------------------------------------------------------------------------------------- */

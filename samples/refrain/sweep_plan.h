@@ -42,7 +42,8 @@ typedef struct {
     int num_steps;     /* of the control; 0 = the sweep's own */
     rf_cache_carry carry;
     sweep_context context;
-    char *decode; /* text: settings of decoding, "k=v+k2=v2"; NULL or "" = none */
+    char *decode;                /* text: settings of decoding, "k=v+k2=v2"; NULL or "" = none */
+    const struct kv_setting *kv; /* of an autoregressive model's cache (kv_args.h), borrowed; NULL = none */
 } sweep_setting;
 
 typedef struct {
@@ -59,6 +60,9 @@ rf_status sweep_plan_add_world(sweep_plan *plan, const char *spec, bool slides, 
 rf_status sweep_plan_add_text(sweep_plan *plan, const char *spec, bool block_causal, rf_error *err);
 /* Several specs with commas between them: "none,dual:block=8,window" (a comma whose next word is no policy belongs to values). */
 rf_status sweep_plan_add_text_list(sweep_plan *plan, const char *specs, bool block_causal, rf_error *err);
+/* One setting of a KV policy: `name` with what `options` say of its size. */
+rf_status sweep_plan_add_kv(sweep_plan *plan, const char *name, const char *options, const struct kv_setting *kv,
+                            rf_error *err);
 /* The control, the same sampler with fewer steps and no cache: "25,30" or "auto" (from 5 to 80 % of num_steps). Of text num_steps are
  * passes a block. */
 rf_status sweep_plan_add_steps(sweep_plan *plan, const char *text, int num_steps, rf_error *err);

@@ -101,10 +101,15 @@ const char *page_color_of(const char *policy) {
         {"hicache", "#5b2a9d"},  {"speca", "#a61e4d"},      {"pab", "#c05621"},        {"toca", "#0b7285"},
         {"duca", "#66a80f"},     {"diffsparse", "#d6336c"}, {"none", "#111111"},       {"prefix", "#4e79a7"},
         {"dual", "#e03131"},     {"vicinity", "#f08c00"},   {"window", "#2f9e44"},     {"freecache", "#3fb7c6"},
-        {"dkv", "#8a63d2"},      {"dllm-cache", "#9c6b4e"}, {"elastic", "#e667af"},
+        {"dkv", "#8a63d2"},      {"dllm-cache", "#9c6b4e"}, {"elastic", "#e667af"},    {"streaming", "#8d8d8d"},
+        {"random", "#ced4da"},   {"h2o", "#f08c00"},        {"observed", "#fab005"},   {"tova", "#b3a200"},
+        {"snapkv", "#1c7ed6"},   {"pyramidkv", "#3fb7c6"},  {"adakv", "#1c4f82"},      {"knorm", "#9c6b4e"},
+        {"keydiff", "#c05621"},  {"expected", "#8a63d2"},   {"cake", "#e03131"},       {"obcache", "#2f9e44"},
+        {"caote", "#e667af"},
     };
+    size_t len = strcspn(policy, ":"); /* a KV policy may have options */
     for (size_t i = 0; i < sizeof colors / sizeof colors[0]; i++) {
-        if (strcmp(colors[i].policy, policy) == 0) return colors[i].color;
+        if (strlen(colors[i].policy) == len && strncmp(colors[i].policy, policy, len) == 0) return colors[i].color;
     }
     return "#495057";
 }
@@ -165,6 +170,15 @@ static const plot text_plots[] = {
     {SWEEP_AGREEMENT, "work-agreement", "Row-passes left out against agreement",
      "tokens equal to one token a pass without a cache, %", false, SWEEP_X_WORK},
 };
+static const plot kv_plots[] = {
+    {SWEEP_SCORE, "kept-score", "Bytes of the cache kept against exact match", "exact match, %, mean over tasks", false,
+     SWEEP_X_KEPT},
+    {SWEEP_AGREEMENT, "kept-agreement", "Bytes of the cache kept against agreement with the full cache",
+     "tokens equal to those with the full cache, %", false, SWEEP_X_KEPT},
+    {SWEEP_SCORE, "score", "Tokens a second against exact match", "exact match, %, mean over tasks", false,
+     SWEEP_X_RATE},
+};
+#define NUM_KV_PLOTS    (sizeof kv_plots / sizeof kv_plots[0])
 #define NUM_TEXT_PLOTS  (sizeof text_plots / sizeof text_plots[0])
 #define NUM_IMAGE_PLOTS (sizeof image_plots / sizeof image_plots[0])
 #define NUM_WORLD_PLOTS (sizeof world_plots / sizeof world_plots[0])
@@ -206,13 +220,14 @@ static bool find_bounds(const page *p, const plot *pl, bounds *b) {
         b->y1 = fmax(b->y1, y);
     }
     if (!(b->x1 >= b->x0)) return false;
-    b->x0 = (pl->x == SWEEP_X_RATE ? b->x0 : fmin(b->x0, 1)) / 1.04;
-    b->x1 = fmax(b->x1, pl->x == SWEEP_X_RATE ? 1.2 * b->x0 : 1.2) * 1.06;
+    bool own_range = pl->x == SWEEP_X_RATE || pl->x == SWEEP_X_KEPT; /* speed-ups begin at 1 */
+    b->x0 = (own_range ? b->x0 : fmin(b->x0, 1)) / 1.04;
+    b->x1 = fmax(b->x1, own_range ? 1.2 * b->x0 : 1.2) * 1.06;
     if (pl->log_y) {
         b->y0 /= 1.25;
         b->y1 *= 1.25;
     } else {
-        double margin = .05 * (b->y1 - b->y0) + 1e-4;
+        double margin = .05 * (b->y1 - b->y0) + (pl->metric >= SWEEP_SCORE ? 1 : 1e-4); /* shares are in % */
         b->y0 -= margin;
         b->y1 += margin;
     }
@@ -229,6 +244,7 @@ static const char *x_title(const plot *pl) {
     case SWEEP_X_WORK:
         return pl->metric >= SWEEP_SCORE ? "row-passes of the uncached run over those of the setting, times"
                                          : "token rows of the uncached run over computed ones";
+    case SWEEP_X_KEPT: return "keys and values kept at the end, % of the bytes of a full cache";
     case SWEEP_X_RATE: return "tokens a second, before the end of text, wall-clock";
     case SWEEP_X_PLAIN: return "speed-up over the uncached run that computes the whole window in every step, times";
     case SWEEP_X_SPEED: break;
@@ -263,9 +279,32 @@ static int place_of(const page *p, const sweep_row *row) {
     return 0;
 }
 
+/* KV policies have a curve each: their points by rising x; after NULL the first, after the last NULL. */
+static const sweep_row *next_of_policy(const page *p, const plot *pl, const char *policy, const sweep_row *after) {
+    const sweep_row *next = NULL;
+    for (int i = 0; i < sweep_store_num(p->store); i++) {
+        const sweep_row *row = sweep_store_at(p->store, i);
+        if (strcmp(row->policy, policy) != 0 || !is_plotted(pl, row)) continue;
+        double x = sweep_x_of(row, pl->x), last = after ? sweep_x_of(after, pl->x) : -INFINITY;
+        if (x < last || (x <= last && row <= after)) continue; /* rows of one array */
+        if (!next || x < sweep_x_of(next, pl->x)) next = row;
+    }
+    return next;
+}
+
+/* What the full cache gives, for a line across; NaN = not measured. */
+static double full_cache_y(const page *p, const plot *pl) {
+    for (int i = 0; i < sweep_store_num(p->store) && sweep_store_is_kv(p->store); i++) {
+        const sweep_row *row = sweep_store_at(p->store, i);
+        if (sweep_is_uncached(row) && is_plotted(pl, row)) return y_of(pl, row);
+    }
+    return NAN;
+}
+
 /* The front from fast to slow; after NULL its first member, after the last NULL. Equal points count once. */
 static const sweep_row *next_on_front(const page *p, const plot *pl, const sweep_row *after) {
     const sweep_row *next = NULL;
+    if (pl->x == SWEEP_X_KEPT) return NULL; /* curves say it */
     double limit = after ? sweep_x_of(after, pl->x) : INFINITY;
     for (int i = 0; i < sweep_store_num(p->store); i++) {
         const sweep_row *row = sweep_store_at(p->store, p->order[i]);
@@ -317,6 +356,10 @@ static void gnuplot_script(page *p, const void *of, const bounds *b, const char 
             page_out(p, "%s'%g' %.6f", i ? ", " : "", ssim_ticks[i], ssim_place(ssim_ticks[i]));
         page_out(p, ")\n");
     }
+    double full = full_cache_y(p, pl);
+    if (isfinite(full))
+        page_out(p, "set arrow from graph 0, first %.6g to graph 1, first %.6g nohead dt 2 lc rgb '#868e96'\n", full,
+                 full);
     page_out(p, "$control << EOD\n");
     int num = sweep_control_points(p->store, pl->x, NULL), controls = 0, front = 0;
     const sweep_row **control = rf_alloc_zero((size_t)num + 1, sizeof *control);
@@ -335,11 +378,8 @@ static void gnuplot_script(page *p, const void *of, const bounds *b, const char 
         if (!is_first_of_policy(p, pl, i)) continue;
         const char *policy = sweep_store_at(p->store, i)->policy;
         page_out(p, "$%s << EOD\n", block_name(policy, name));
-        for (int j = i; j < sweep_store_num(p->store); j++) {
-            const sweep_row *row = sweep_store_at(p->store, j);
-            if (strcmp(row->policy, policy) == 0 && is_plotted(pl, row))
-                page_out(p, "%.6g %.6g\n", sweep_x_of(row, pl->x), y_of(pl, row));
-        }
+        for (const sweep_row *row = NULL; (row = next_of_policy(p, pl, policy, row)) != NULL;)
+            page_out(p, "%.6g %.6g\n", sweep_x_of(row, pl->x), y_of(pl, row));
         page_out(p, "EOD\n");
     }
     page_out(p, "plot ");
@@ -359,7 +399,8 @@ static void gnuplot_script(page *p, const void *of, const bounds *b, const char 
     for (int i = 0; i < sweep_store_num(p->store); i++) {
         if (!is_first_of_policy(p, pl, i)) continue;
         const char *policy = sweep_store_at(p->store, i)->policy;
-        page_out(p, "%s$%s using 1:2 with points pt %d ps 0.75 lc rgb '%s' title '%s'", comma, block_name(policy, name),
+        page_out(p, "%s$%s using 1:2 with %s pt %d ps 0.75 lc rgb '%s' title \"%s\" noenhanced", comma,
+                 block_name(policy, name), sweep_store_is_kv(p->store) ? "linespoints lw 1.4" : "points",
                  points[shape_of(policy)], page_color_of(policy), policy);
         comma = ", ";
     }
@@ -537,6 +578,29 @@ static void own_control(page *p, const plot *pl, const bounds *b) {
     rf_free(control);
 }
 
+static void own_curves(page *p, const plot *pl, const bounds *b) {
+    double full = full_cache_y(p, pl);
+    if (isfinite(full))
+        page_out(p, "<path d='M%g %.1fH%g' stroke='#868e96' stroke-dasharray='6 4'/>", LEFT, y_at(pl, b, full), RIGHT);
+    for (int i = 0; i < sweep_store_num(p->store); i++) {
+        if (!is_first_of_policy(p, pl, i)) continue;
+        const char *policy = sweep_store_at(p->store, i)->policy, *move = "M";
+        page_out(p, "<path fill='none' stroke='%s' stroke-width='1.6' d='", page_color_of(policy));
+        for (const sweep_row *row = NULL; (row = next_of_policy(p, pl, policy, row)) != NULL; move = "L")
+            page_out(p, "%s%.1f %.1f", move, x_at(b, sweep_x_of(row, pl->x)), y_at(pl, b, y_of(pl, row)));
+        page_out(p, "'/>");
+    }
+}
+
+static void own_legend(page *p, double legend) {
+    page_out(p, "<path d='M%g %gh22' stroke='#ced4da' stroke-width='6'/><text x='%g' y='%g'>front</text>", RIGHT + 18,
+             legend, RIGHT + 48, legend + 4);
+    legend += 18;
+    page_out(
+        p, "<path d='M%g %gh22' stroke='#212529' stroke-width='1.6'/><text x='%g' y='%g'>fewer steps, no cache</text>",
+        RIGHT + 18, legend, RIGHT + 48, legend + 4);
+}
+
 static void own_svg(page *p, const void *of, const bounds *b) {
     const plot *pl = of;
     page_out(p, "<svg viewBox='0 0 %d %d' font-family='Helvetica,Arial,sans-serif' font-size='12' fill='#343a40'>",
@@ -545,12 +609,13 @@ static void own_svg(page *p, const void *of, const bounds *b) {
     own_front(p, pl, b);
     own_control(p, pl, b);
     double legend = TOP + 10;
-    page_out(p, "<path d='M%g %gh22' stroke='#ced4da' stroke-width='6'/><text x='%g' y='%g'>front</text>", RIGHT + 18,
-             legend, RIGHT + 48, legend + 4);
-    legend += 18;
-    page_out(
-        p, "<path d='M%g %gh22' stroke='#212529' stroke-width='1.6'/><text x='%g' y='%g'>fewer steps, no cache</text>",
-        RIGHT + 18, legend, RIGHT + 48, legend + 4);
+    if (sweep_store_is_kv(p->store)) {
+        own_curves(p, pl, b);
+        legend -= 18;
+    } else {
+        own_legend(p, legend);
+        legend += 18;
+    }
     for (int i = 0; i < sweep_store_num(p->store); i++) {
         const sweep_row *row = sweep_store_at(p->store, i);
         if (is_first_of_policy(p, pl, i)) {
@@ -608,9 +673,10 @@ static bool has_numbers(const page *p, const plot *pl) {
 void page_out_plots(page *p) {
     bool world = sweep_store_is_world(p->store);
     bool text = sweep_store_is_text(p->store);
-    size_t num = text ? NUM_TEXT_PLOTS : world ? NUM_WORLD_PLOTS : NUM_IMAGE_PLOTS;
+    bool kv = sweep_store_is_kv(p->store);
+    size_t num = kv ? NUM_KV_PLOTS : text ? NUM_TEXT_PLOTS : world ? NUM_WORLD_PLOTS : NUM_IMAGE_PLOTS;
     for (size_t i = 0; i < num; i++) {
-        const plot *pl = text ? &text_plots[i] : world ? &world_plots[i] : &image_plots[i];
+        const plot *pl = kv ? &kv_plots[i] : text ? &text_plots[i] : world ? &world_plots[i] : &image_plots[i];
         if (!world || has_numbers(p, pl)) out_plot(p, pl);
     }
 }

@@ -58,6 +58,7 @@ double sweep_x_of(const sweep_row *row, sweep_axis axis) {
     case SWEEP_X_WORK: return row->share_rows > 0 ? 1 / row->share_rows : NAN;
     case SWEEP_X_PLAIN: return row->plain_speedup;
     case SWEEP_X_RATE: return row->tok_s;
+    case SWEEP_X_KEPT: return row->full_bytes > 0 ? 100 * row->kept_bytes / row->full_bytes : NAN;
     case SWEEP_X_SPEED: break;
     }
     return row->speedup;
@@ -167,13 +168,13 @@ static bool may_lead(const sweep_row *row) {
 
 bool sweep_on_front_by(const sweep_store *store, const sweep_row *row, sweep_metric metric, sweep_axis axis) {
     if (!may_lead(row)) return false;
-    double sign = metric == SWEEP_LATENT ? -1 : 1, mine = sign * sweep_metric_of(row, metric),
-           x = sweep_x_of(row, axis);
+    double sign = metric == SWEEP_LATENT ? -1 : 1, mine = sign * sweep_metric_of(row, metric);
+    double toward = axis == SWEEP_X_KEPT ? -1 : 1, x = toward * sweep_x_of(row, axis); /* few bytes are good */
     if (!isfinite(mine)) return false;
     for (int i = 0; i < sweep_store_num(store); i++) {
         const sweep_row *other = sweep_store_at(store, i);
         if (other == row || !may_lead(other)) continue;
-        double its = sign * sweep_metric_of(other, metric), its_x = sweep_x_of(other, axis);
+        double its = sign * sweep_metric_of(other, metric), its_x = toward * sweep_x_of(other, axis);
         if ((its_x > x && its >= mine) || (its_x >= x && its > mine)) return false;
     }
     return true;
@@ -184,6 +185,7 @@ bool sweep_on_front(const sweep_store *store, const sweep_row *row, sweep_metric
 }
 
 static double sort_value(const sweep_row *row) {
+    if (row->full_bytes > 0) return 1000 * row->score - row->kept_bytes / row->full_bytes + 1;
     return sweep_is_measured(row) ? row->speedup : strcmp(row->status, "ok") == 0 ? 0 : -1;
 }
 
@@ -251,6 +253,20 @@ static void print_text_row(const sweep_store *store, const sweep_row *row, int w
     printf("  %s\n", sweep_judge(store, row).text);
 }
 
+static void print_kv_row(const sweep_row *row, int width, const char *name) {
+    printf("%-*s", width, name);
+    print_number(7, 1, 100 * row->score);
+    print_number(7, 1, 100 * row->agreement);
+    print_number(7, 1, sweep_x_of(row, SWEEP_X_KEPT));
+    print_number(9, 3, row->kept_bytes / 1e6);
+    print_number(7, 0, row->kv_budget > 0 ? row->kv_budget : NAN);
+    print_number(9, 0, row->evictions);
+    print_number(9, 2, row->score_ms);
+    print_number(9, 1, row->tok_s);
+    print_number(8, 3, row->speedup);
+    printf("  %s\n", row->score_each);
+}
+
 static void print_refusals(const sweep_store *store) {
     char name[512];
     for (int i = 0; i < sweep_store_num(store); i++) {
@@ -271,7 +287,10 @@ rf_status sweep_print_table(const sweep_store *store, rf_error *err) {
         if ((int)strlen(name) > width) width = (int)strlen(name);
     }
     if (width > 64) width = 64;
-    if (text) {
+    if (sweep_store_is_kv(store)) {
+        printf("%-*s %7s %7s %7s %9s %7s %9s %9s %9s %8s  %s\n", width, "setting", "exact %", "agree %", "kept %",
+               "kept MB", "budget", "evictions", "score ms", "tokens/s", "speed-up", "exact by task");
+    } else if (text) {
         printf("%-*s %8s %7s %7s %9s %8s %10s %6s  %s\n", width, "setting", "speed-up", "exact %", "agree %",
                "tokens/s", "passes", "row-passes", "rows %", "against fewer steps");
     } else if (world) {
@@ -286,6 +305,8 @@ rf_status sweep_print_table(const sweep_store *store, rf_error *err) {
         sweep_row_name(row, name, sizeof name);
         if (strcmp(row->status, "ok") != 0) {
             refused++;
+        } else if (sweep_store_is_kv(store)) {
+            print_kv_row(row, width, name);
         } else if (text) {
             print_text_row(store, row, width, name);
         } else if (world) {
@@ -358,7 +379,7 @@ static void out_facts(page *p) {
         {"model", "model"},      {"parameters", "parameters"}, {"tasks", "tasks"},     {"samples", "samples of each"},
         {"block", "block"},      {"new", "new tokens"},        {"guide", "guide"},     {"seed", "first seed"},
         {"device", "device"},    {"dtype", "dtype"},           {"threads", "threads"}, {"_date", "begun"},
-        {"_version", "refrain"},
+        {"_version", "refrain"}, {"kv", "the question is"},
     };
     bool world = sweep_store_is_world(p->store), text = sweep_store_is_text(p->store);
     size_t num = text    ? sizeof text_labels / sizeof text_labels[0]
@@ -368,6 +389,7 @@ static void out_facts(page *p) {
     for (size_t i = 0; i < num; i++) {
         const char *const *label = text ? text_labels[i] : world ? world_labels[i] : labels[i];
         const char *value = sweep_store_pin(p->store, label[0]);
+        if (!value[0] && strcmp(label[0], "kv") == 0) continue;
         page_out(p, "<span>%s <b>", label[1]);
         if (strlen(value) > 80) {
             char cut[84];
@@ -537,8 +559,10 @@ static void out_method(page *p) {
         lo = fmin(lo, ms);
         hi = fmax(hi, ms);
     }
-    bool text = sweep_store_is_text(p->store);
-    if (text) {
+    bool text = sweep_store_is_text(p->store), kv = sweep_store_is_kv(p->store);
+    if (kv) {
+        page_out_kv_method(p);
+    } else if (text) {
         page_out_words_method(p);
     } else if (sweep_store_is_world(p->store)) {
         out_world_quality(p);
@@ -557,6 +581,10 @@ static void out_method(page *p) {
         int digits = median < 100 ? 2 : 0;
         page_out(p, " It was timed %d times: median %.*f ms, %.*f to %.*f ms (%+.1f to %+.1f %%).", num, digits, median,
                  digits, lo, digits, hi, 100 * (lo / median - 1), 100 * (hi / median - 1));
+    }
+    if (kv) {
+        page_out(p, "</p>\n");
+        return;
     }
     page_out(
         p,
@@ -765,22 +793,34 @@ static void out_page(page *p) {
     page_out_text(p, sweep_store_pin(p->store, "model"));
     page_out(p, "</title><style>");
     rf_file_writer_write(p->file, style, sizeof style - 1);
-    page_out(p, "</style></head><body><main>\n<h1>%s ", text ? "Caches and commit rules of" : "Feature caching on");
+    bool kv = sweep_store_is_kv(p->store);
+    page_out(p, "</style></head><body><main>\n<h1>%s ",
+             kv     ? "The cache under a budget, of"
+             : text ? "Caches and commit rules of"
+                    : "Feature caching on");
     page_out_text(p, sweep_store_pin(p->store, "model"));
-    page_out(p, ": speed against quality</h1>\n");
+    page_out(p, ": %s against quality</h1>\n", kv ? "bytes" : "speed");
     out_facts(p);
-    if (text) {
+    if (kv) {
+        page_out_kv_summary(p);
+    } else if (text) {
         page_out_words_summary(p);
         out_doubts(p);
     } else {
         out_summary(p);
     }
-    page_out(p,
-             "<h2>Speed against quality</h2>\n<p>Colour: policy. %sBlack line: the control, with its numbers of %s. "
-             "Grey band: the front, numbered as in the table below.</p>\n",
-             text ? "Black points: other commit rules without a cache. "
-                  : "Shape: circle = decides by step, square = by block, triangle = by part, diamond = by token. ",
-             text ? "passes a block" : "steps");
+    if (kv) {
+        page_out(
+            p, "<h2>Quality against what is kept</h2>\n<p>Colour: policy, a curve each. Dashed: the full cache.</p>\n");
+    } else {
+        page_out(
+            p,
+            "<h2>Speed against quality</h2>\n<p>Colour: policy. %sBlack line: the control, with its numbers of %s. "
+            "Grey band: the front, numbered as in the table below.</p>\n",
+            text ? "Black points: other commit rules without a cache. "
+                 : "Shape: circle = decides by step, square = by block, triangle = by part, diamond = by token. ",
+            text ? "passes a block" : "steps");
+    }
     page_out_plots(p);
     if (world) page_out_curves(p);
     page_out(p, "<p class='sub'>Plots drawn by %s.</p>\n",
@@ -789,6 +829,8 @@ static void out_page(page *p) {
         page_out_frame_strips(p);
         page_out_frame_table(p);
         page_out_refusals(p);
+    } else if (kv) {
+        page_out_kv_table(p);
     } else if (text) {
         page_out_words_table(p);
     } else {

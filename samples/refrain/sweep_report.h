@@ -44,7 +44,8 @@ void sweep_row_name(const sweep_row *row, char *out, size_t room);
 /* Is row on the front: no measured policy is both faster and better. */
 bool sweep_on_front(const sweep_store *store, const sweep_row *row, sweep_metric metric);
 
-/* Indices of all rows by falling speed-up, refused ones last. order: [sweep_store_num]. */
+/* Indices of all rows by falling speed-up, of KV policies by falling score and then by what is kept, refused ones last. order:
+ * [sweep_store_num]. */
 void sweep_sort(const sweep_store *store, int *order);
 
 /* The results as a table on standard output. RF_ERR_MEMORY. */

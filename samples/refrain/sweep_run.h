@@ -11,6 +11,7 @@
 #define REFRAIN_SWEEP_RUN_H
 
 #include "samples/refrain/args.h"
+#include "samples/refrain/kv_args.h"
 #include "samples/refrain/program.h"
 #include "samples/refrain/sweep_plan.h"
 #include "samples/refrain/sweep_store.h"
@@ -26,7 +27,8 @@ typedef struct {
         num_sinks;
     double cfg_scale; /* NaN = not given */
     double target_psnr, target_ssim, target_speedup;
-    bool json, quiet, force;
+    kv_args kv;
+    bool json, quiet, force, is_kv, agnostic; /* is_kv: policies of an autoregressive model's cache */
 } sweep_args;
 
 /* All pictures through one session. */
@@ -78,6 +80,7 @@ struct sweep_run {
     bool warms_up;                         /* a first run that does not count */
     int shown[SWEEP_MAX_SHOWN], num_shown; /* pictures that are saved for the report */
 
+    kv_settings kv; /* which the plan borrows from */
     sweep_plan plan;
     sweep_store *store;
     sweep_reference reference;

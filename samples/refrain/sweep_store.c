@@ -35,7 +35,7 @@ typedef struct {
     unsigned of; /* kinds of store that have it */
 } column;
 
-enum { IMAGES = 1, WORLDS = 2, TEXTS = 4, PICTURES = IMAGES | WORLDS, ALL = PICTURES | TEXTS };
+enum { IMAGES = 1, WORLDS = 2, TEXTS = 4, CACHES = 8, PICTURES = IMAGES | WORLDS, ALL = PICTURES | TEXTS };
 
 #define COLUMN(field, type, of)                                                                                        \
     { #field, type, offsetof(sweep_row, field), of }
@@ -45,6 +45,7 @@ enum { IMAGES = 1, WORLDS = 2, TEXTS = 4, PICTURES = IMAGES | WORLDS, ALL = PICT
 #define PICTURES_COLUMN(field) COLUMN(field, TEXT_NUMBERS, PICTURES)
 #define WORLD_COLUMN(field)    COLUMN(field, NUMBER, WORLDS)
 #define TOKEN_COLUMN(field)    COLUMN(field, NUMBER, TEXTS)
+#define KV_COLUMN(field)       COLUMN(field, NUMBER, CACHES)
 
 static const column columns[] = {
     TEXT_COLUMN(policy),
@@ -59,6 +60,11 @@ static const column columns[] = {
     TOKEN_COLUMN(row_passes),
     TOKEN_COLUMN(key_reads),
     TOKEN_COLUMN(text_tokens),
+    KV_COLUMN(kept_bytes),
+    KV_COLUMN(full_bytes),
+    KV_COLUMN(evictions),
+    KV_COLUMN(score_ms),
+    KV_COLUMN(kv_budget),
     WORLD_COLUMN(plain_speedup),
     WORLD_COLUMN(frames_per_s),
     WORLD_COLUMN(kept),
@@ -109,7 +115,7 @@ typedef struct {
 } baseline;
 
 struct sweep_store {
-    unsigned kind; /* IMAGES, WORLDS or TEXTS */
+    unsigned kind; /* IMAGES, WORLDS, TEXTS, or TEXTS and CACHES */
     char *folder;
     int lock;
     sweep_pin *pins;
@@ -549,6 +555,7 @@ rf_status sweep_store_open(sweep_store **out, const char *folder, const sweep_pi
         if (!store->pins[i].value) st = no_memory(err);
         if (strcmp(pins[i].name, "frames") == 0) store->kind = WORLDS;
         if (strcmp(pins[i].name, "tasks") == 0) store->kind = TEXTS;
+        if (strcmp(pins[i].name, "kv") == 0) store->kind = TEXTS | CACHES;
     }
     if (st == RF_OK && folder) {
         store->folder = rf_strdup(folder);
@@ -586,7 +593,11 @@ bool sweep_store_is_world(const sweep_store *store) {
 }
 
 bool sweep_store_is_text(const sweep_store *store) {
-    return store->kind == TEXTS;
+    return (store->kind & TEXTS) != 0;
+}
+
+bool sweep_store_is_kv(const sweep_store *store) {
+    return (store->kind & CACHES) != 0;
 }
 
 const char *sweep_store_folder(const sweep_store *store) {

@@ -60,17 +60,22 @@ typedef struct {
     double agreement; /* share of tokens equal to the uncached run's, mean over samples */
     double tok_s, nfe, row_passes, key_reads, text_tokens; /* tokens a second; the others a sample, means */
     char *score_each;                                      /* exact match by task, as psnr_each */
+
+    /* Text with KV policies: means over samples, at their ends. */
+    double kept_bytes, full_bytes;         /* keys and values kept; those that a full cache holds */
+    double evictions, score_ms, kv_budget; /* score_ms: behind the prompt and while decoding */
 } sweep_row;
 
 void sweep_row_clear(sweep_row *row); /* frees texts, numbers become NaN */
 
 typedef struct sweep_store sweep_store;
 
-/* folder NULL: memory only. pins are copied; one named "frames" makes it a store of a world, "tasks" of text. Makes the folder, locks it, reads
+/* folder NULL: memory only. pins are copied; one named "frames" makes it a store of a world, "tasks" of text, and "kv" with it of KV policies. Makes the folder, locks it, reads
  * what is there. */
 rf_status sweep_store_open(sweep_store **out, const char *folder, const sweep_pin *pins, int num_pins, rf_error *err);
 bool sweep_store_is_world(const sweep_store *store);
 bool sweep_store_is_text(const sweep_store *store);
+bool sweep_store_is_kv(const sweep_store *store);         /* which is text too */
 void sweep_store_close(sweep_store *store);               /* NULL is a no-op; does not write */
 const char *sweep_store_folder(const sweep_store *store); /* NULL = memory */
 

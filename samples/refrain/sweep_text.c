@@ -1,7 +1,9 @@
 /* samples/refrain/sweep_text.c - a sweep of a text model: what is measured are samples of the built-in tasks.
  *
  * The reference is the uncached run with one token a pass; its tokens stand where pictures have their latents. The control takes fewer
- * passes a block, each of which commits more of the surest tokens. Every run ends with the end of text. */
+ * passes a block, each of which commits more of the surest tokens. Every run ends with the end of text.
+ *
+ * With --kv the model is autoregressive and a setting is a policy of its cache with a budget; there is no control. */
 #include <inttypes.h>
 #include <math.h>
 #include <stdio.h>
@@ -14,11 +16,13 @@
 
 #define DEFAULT_SAMPLES 4
 #define DEFAULT_TASKS   "total,eval,trace"
+#define KV_TASKS        "needle,needle-mk,vt-long,kv-long"
 #define MAX_TASKS       64
 
 /* Means over samples; bytes: the most of any task. */
 typedef struct {
     double tokens, nfe, row_passes, key_reads, cache_bytes, arena_bytes;
+    double kept_bytes, full_bytes, evictions, score_ms, kv_budget;
 } text_numbers;
 
 typedef struct {
@@ -46,10 +50,11 @@ static rf_status open_model(sweep_run *run, texts *own, rf_error *err) {
     run->dtype = own->text.dtype;
     run->model_name = own->text.name;
     if (st != RF_OK) return st;
-    if (text_is_causal(&own->text))
+    if (a->is_kv) RF_TRY(kv_check_model(&own->text, "--kv", err));
+    if (text_is_causal(&own->text) && !a->is_kv)
         return rf_fail(err, RF_ERR_UNSUPPORTED,
                        "%s: row policies and commit rules are of diffusion language models; this "
-                       "one is autoregressive (refrain eval scores it)",
+                       "one is autoregressive (refrain eval scores it; --kv for policies of its cache)",
                        own->text.path);
     if (!own->text.tokenizer)
         return rf_fail(err, RF_ERR_MISSING, "%s: no tokenizer.json; tasks are texts", own->text.path);
@@ -63,12 +68,19 @@ static rf_status make_samples(sweep_run *run, texts *own, rf_error *err) {
     const sweep_args *a = &run->args;
     bool of[MAX_TASKS] = {0};
     int num = a->num_pictures ? (int)a->num_pictures : DEFAULT_SAMPLES;
-    RF_TRY(text_tasks_read(a->tasks ? a->tasks : DEFAULT_TASKS, of, "--task", err));
+    char *names = NULL;
+    const char *usual = a->is_kv ? KV_TASKS : DEFAULT_TASKS;
+    RF_TRY(kv_task_names(&names, a->tasks ? a->tasks : usual, a->is_kv, a->quiet, err));
+    rf_status st = text_tasks_read(names, of, "--task", err);
+    rf_free(names);
+    RF_TRY(st);
     for (int i = 0; task_at(i) && i < MAX_TASKS; i++) {
         if (!of[i]) continue;
         if (task_at(i)->kind == TASK_TEXT) return rf_fail(err, RF_ERR_ARGUMENT, "--task text: has no score");
         text_samples *s = &own->tasks[own->num_tasks++];
         RF_TRY(text_samples_make(s, &own->text, i, 0, 0, (uint64_t)a->seed, num, 0, err));
+        if (a->agnostic && s->contexts[0] == 0)
+            return rf_fail(err, RF_ERR_ARGUMENT, "--agnostic: %s asks no question behind a context", task_at(i)->name);
         RF_TRY(text_score_alloc(&own->scores[own->num_tasks - 1], s, err));
         if (s->max_new > own->stride) own->stride = s->max_new;
     }
@@ -109,8 +121,10 @@ static rf_status open_store(sweep_run *run, texts *own, rf_error *err) {
         {"threads", threads},
         {"_date", date},
         {"_version", (char *)(uintptr_t)RF_VERSION},
+        {"kv", run->args.agnostic ? "agnostic" : "aware"}, /* of KV policies alone */
     };
-    return sweep_store_open(&run->store, run->args.report, pins, sizeof pins / sizeof pins[0], err);
+    int num = (int)(sizeof pins / sizeof pins[0]) - !run->args.is_kv;
+    return sweep_store_open(&run->store, run->args.report, pins, num, err);
 }
 
 static rf_status open_texts(sweep_run *run, rf_error *err) {
@@ -140,6 +154,11 @@ static rf_status options_of(const sweep_run *run, const texts *own, int task, co
     o->gemm_tuning = run->tuning_path;
     if (o->commit == RF_COMMIT_GUIDED && !o->guide)
         return rf_fail(err, RF_ERR_ARGUMENT, "commit guided: needs --guide MODEL");
+    if (setting && setting->kv) {
+        kv_apply(setting->kv, o);
+        RF_TRY(rf_decode_options_check(o, own->text.model, own->tasks[task].longest, err));
+        o->kv_context = setting->kv->agnostic; /* each sample's own */
+    }
     if (!setting) {
         *o = text_reference_options(o, &own->text);
         o->gemm_tuning = run->tuning_path;
@@ -200,6 +219,16 @@ static rf_status take_reference(const sweep_run *run, sweep_loop *loop) {
     return RF_OK;
 }
 
+/* Of a full cache, mean: keys and values of the prompt and of all but the last new token. */
+static double full_bytes_of(const texts *own, int task) {
+    const rf_text_desc *d = &own->text.model->desc;
+    const text_samples *samples = &own->tasks[task];
+    double token = 2.0 * d->num_layers * d->num_kv_heads * d->head_dim * (double)rf_dtype_bytes(own->text.dtype),
+           sum = 0;
+    for (int i = 0; i < samples->num; i++) sum += (double)samples->ids[i].num / samples->num;
+    return token * (sum + own->scores[task].nfe - 1); /* a forward a token, the prefill the first */
+}
+
 static text_numbers numbers_of(const texts *own, int num_samples) {
     text_numbers n = {0};
     for (int i = 0; i < own->num_tasks; i++) {
@@ -211,6 +240,12 @@ static text_numbers numbers_of(const texts *own, int num_samples) {
         n.key_reads += weight * s->key_reads;
         n.cache_bytes = fmax(n.cache_bytes, (double)s->cache_bytes);
         n.arena_bytes = fmax(n.arena_bytes, (double)s->arena_bytes);
+        double full = s->full_bytes > 0 ? s->full_bytes : full_bytes_of(own, i);
+        n.full_bytes += weight * full;
+        n.kept_bytes += weight * (s->full_bytes > 0 ? s->kept_bytes : full);
+        n.evictions += weight * s->evictions;
+        n.score_ms += weight * (s->score_ms + s->step_score_ms);
+        n.kv_budget += weight * s->kv_budget;
     }
     return n;
 }
@@ -285,6 +320,13 @@ static rf_status measure(sweep_run *run, const sweep_loop *loop, sweep_row *row,
     row->cache_bytes = n->cache_bytes;
     row->arena_bytes = n->arena_bytes;
     row->share_rows = own->base.row_passes > 0 ? n->row_passes / own->base.row_passes : NAN;
+    if (run->args.is_kv) {
+        row->kept_bytes = n->kept_bytes;
+        row->full_bytes = n->full_bytes;
+        row->evictions = n->evictions;
+        row->score_ms = n->score_ms;
+        row->kv_budget = n->kv_budget;
+    }
     row->tok_s = row->loop_ms > 0 ? n->tokens * run->num_pictures * 1e3 / row->loop_ms : NAN;
     return RF_OK;
 }
@@ -293,6 +335,15 @@ static void say_plan(const sweep_run *run) {
     const texts *own = run->own;
     double ms = sweep_store_base_ms(run->store, SWEEP_BASE_WINDOW), right = 0;
     for (int i = 0; i < run->num_pictures; i++) right += (double)run->reference.pictures[i] / run->num_pictures;
+    if (run->args.is_kv) {
+        say("%s on %s in %s: %d tasks, %d samples of each, compressed %s the question; full cache: %.1f %% right, %.2f "
+            "s, "
+            "%.2f MB a sample; %d settings, %d run%s each",
+            run->model_name, rf_backend_name(run->backend), rf_dtype_name(run->dtype), own->num_tasks,
+            own->tasks[0].num, run->args.agnostic ? "before" : "with", 100 * right, ms / 1e3,
+            own->base.full_bytes / 1e6, run->plan.num, run->repeats, run->repeats == 1 ? "" : "s");
+        return;
+    }
     say("%s on %s in %s: %d tasks, %d samples of each, blocks of %d; uncached, one token a pass: %.1f %% right, %.2f "
         "s, "
         "%.0f row-passes a sample; %d settings, %d run%s each",

@@ -40,6 +40,11 @@ static const char *policy_name(const text_run *run) {
     return run->policy ? rf_policy_get_def(run->policy)->name : "none";
 }
 
+/* As rf_kv_rule_parse takes it. */
+static void describe_kv(const text_run *run, char *out, size_t room) {
+    rf_kv_rule_describe(&run->kv.items[0].rule, out, room);
+}
+
 static double ratio(double a, double b) {
     return b > 0 ? a / b : 0;
 }
@@ -62,6 +67,21 @@ void text_say_result(const text_run *run) {
         r->prefill_ms, r->row_passes, kept, seed);
     if (run->policy && run->args.verbosity > 0)
         say("cache %s: %s; renewed everything %" PRId64 " times", policy_name(run), run->cache_options, r->refreshes);
+    if (run->kv.num > 0) {
+        char rule[512], kept_bytes[32], full_bytes[32], budget[40] = "";
+        kv_numbers n = kv_numbers_of(r);
+        if (run->args.verbosity > 0) {
+            describe_kv(run, rule, sizeof rule);
+        } else {
+            snprintf(rule, sizeof rule, "%s", run->kv.items[0].name);
+        }
+        format_bytes(kept_bytes, sizeof kept_bytes, n.kept_bytes);
+        format_bytes(full_bytes, sizeof full_bytes, n.full_bytes);
+        if (n.budget > 0) snprintf(budget, sizeof budget, ", budget %d", (int)n.budget);
+        say("cache %s%s: %s of %s kept (%.1f %%), %.0f evictions, scoring %.2f ms behind the prompt, %.2f ms later",
+            rule, budget, kept_bytes, full_bytes, 100 * ratio(n.kept_bytes, n.full_bytes), n.evictions, n.score_ms,
+            n.step_score_ms);
+    }
     if (run->args.verbosity > 0) {
         char weights[32], cache[32], planes[32], arena[32];
         format_bytes(weights, sizeof weights, (double)rf_text_model_bytes(run->text.model));
@@ -72,6 +92,7 @@ void text_say_result(const text_run *run) {
             rf_backend_name(run->text.backend), rf_backend_description(run->text.backend), weights, cache, planes,
             arena, run->load_ms / 1e3);
     }
+    if (run->args.kv_map) say("wrote %s", run->args.kv_map);
     if (is_exact(run, &run->own) >= 0) say("task %s: %s", run->args.task, is_exact(run, &run->own) ? "right" : "wrong");
     if (!run->args.compare) return;
     int32_t first;
@@ -123,6 +144,24 @@ static void add_outcome(cJSON *o, const text_run *run, const text_outcome *outco
     if (is_exact(run, outcome) >= 0) cJSON_AddBoolToObject(o, "exact_match", is_exact(run, outcome));
 }
 
+static cJSON *kv_json(const text_run *run) {
+    char rule[1024];
+    const kv_setting *setting = &run->kv.items[0];
+    kv_numbers n = kv_numbers_of(&run->own.result);
+    cJSON *o = cJSON_CreateObject();
+    describe_kv(run, rule, sizeof rule);
+    cJSON_AddStringToObject(o, "policy", setting->name);
+    cJSON_AddStringToObject(o, "rule", rule);
+    cJSON_AddItemToObject(o, "budget", n.budget > 0 ? cJSON_CreateNumber(n.budget) : cJSON_CreateNull());
+    cJSON_AddItemToObject(o, "ratio", setting->ratio > 0 ? cJSON_CreateNumber(setting->ratio) : cJSON_CreateNull());
+    report_add_uint(o, "kept_bytes", (uint64_t)n.kept_bytes);
+    report_add_uint(o, "full_bytes", (uint64_t)n.full_bytes);
+    report_add_uint(o, "evictions", (uint64_t)n.evictions);
+    cJSON_AddNumberToObject(o, "score_ms", rounded(n.score_ms));
+    cJSON_AddNumberToObject(o, "step_score_ms", rounded(n.step_score_ms));
+    return o;
+}
+
 static cJSON *compare_json(const text_run *run) {
     cJSON *o = cJSON_CreateObject();
     int32_t first;
@@ -164,6 +203,7 @@ rf_status text_print_json(const text_run *run, rf_error *err) {
         report_add_uint(root, "external_rows_reused", (uint64_t)r->external_rows_reused);
         report_add_uint(root, "external_rows_fresh", (uint64_t)r->external_rows_fresh);
     }
+    if (run->kv.num > 0) cJSON_AddItemToObject(root, "kv", kv_json(run));
     cJSON_AddNumberToObject(root, "load_ms", rounded(run->load_ms));
     if (run->args.compare) cJSON_AddItemToObject(root, "compare", compare_json(run));
     return report_print_json(root, err);

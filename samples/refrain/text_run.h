@@ -3,10 +3,12 @@
  *   cmd_text.c     the command: options, opening, the decode and what it is compared with
  *   text_prompt.c  where the prompt comes from: words, a file, ids, a task, a chat template
  *   text_report.c  what is said and printed about a run
+ *   kv_args.c      the cache's policy and budget; kv_map.c a picture of what it keeps
  *   text_args.c    settings of decoding; text_model.c the model; text_show.c a decode as it happens */
 #ifndef REFRAIN_TEXT_RUN_H
 #define REFRAIN_TEXT_RUN_H
 
+#include "samples/refrain/kv_args.h"
 #include "samples/refrain/text_args.h"
 #include "samples/refrain/text_model.h"
 
@@ -14,6 +16,8 @@ typedef struct {
     const char *model, *synthetic, *prompt, *file, *tokens, *task, *system, *guide, *device, *dtype, *trace;
     arg_list stops;
     cache_args cache;
+    kv_args kv;
+    const char *kv_map;
     text_settings settings;
     int64_t num_new, prompt_length, seed, threads, task_seed, task_size, task_length; /* 0 = not given, but seeds */
     bool chat, raw, ignore_eos, tune, compare, json, visual, quiet;
@@ -36,6 +40,7 @@ typedef struct {
     rf_text_model *guide;
     rf_policy *policy;
     char *cache_options, *tuning_path;
+    kv_settings kv; /* one, or none */
 
     rf_token_ids prompt;
     int task; /* -1 = none */

@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "core/memory.h"
+#include "samples/refrain/kv_args.h"
 #include "samples/refrain/program.h"
 #include "samples/refrain/text_run.h"
 
@@ -57,6 +58,7 @@ void text_samples_free(text_samples *s) {
     rf_free(s->prompts);
     rf_free(s->answers);
     rf_free(s->ids);
+    rf_free(s->contexts);
     *s = (text_samples){0};
 }
 
@@ -66,6 +68,20 @@ static rf_status out_of_range(const task_info *info, int size, size_t length, rf
                        info->max_size, info->size_name);
     return rf_fail(err, RF_ERR_ARGUMENT, "%s: expected --length %zu..%zu bytes, found %zu", info->name,
                    info->min_length, info->max_length, length);
+}
+
+/* Tokens that end at or before byte `at` of the text they stand for; special ones stand for none of it. */
+static int32_t tokens_before(const opened_text *t, const rf_token_ids *ids, int at) {
+    size_t bytes = 0;
+    int32_t num = 0;
+    for (; num < (int32_t)ids->num && at > 0; num++) {
+        size_t len = 0;
+        bool special = rf_tokenizer_is_special(t->tokenizer, ids->ids[num]);
+        if (!special && !rf_tokenizer_token_bytes(t->tokenizer, ids->ids[num], &len)) len = 0;
+        if (bytes + (special ? 0 : len) > (size_t)at) break;
+        bytes += special ? 0 : len;
+    }
+    return num;
 }
 
 static rf_status make_one(text_samples *s, int i, const opened_text *t, const task_settings *settings, uint64_t seed,
@@ -78,6 +94,7 @@ static rf_status make_one(text_samples *s, int i, const opened_text *t, const ta
     s->answers[i] = rf_strdup(answer);
     if (!s->prompts[i] || !s->answers[i]) return rf_fail(err, RF_ERR_MEMORY, "no memory for samples of %s", info->name);
     RF_TRY(text_encode(t, prompt, strlen(prompt), true, info->name, &s->ids[i], err));
+    s->contexts[i] = tokens_before(t, &s->ids[i], task_question(s->task, prompt));
     rf_status st = text_encode(t, answer, strlen(answer), false, info->name, &ids, err);
     *answer_len = (int32_t)ids.num;
     rf_token_ids_clear(&ids);
@@ -98,8 +115,9 @@ rf_status text_samples_make(text_samples *s, const opened_text *t, int task, int
     s->prompts = rf_alloc_zero((size_t)num, sizeof *s->prompts);
     s->answers = rf_alloc_zero((size_t)num, sizeof *s->answers);
     s->ids = rf_alloc_zero((size_t)num, sizeof *s->ids);
+    s->contexts = rf_alloc_zero((size_t)num, sizeof *s->contexts);
     rf_status st = RF_OK;
-    if (!prompt || !answer || !s->prompts || !s->answers || !s->ids)
+    if (!prompt || !answer || !s->prompts || !s->answers || !s->ids || !s->contexts)
         st = rf_fail(err, RF_ERR_MEMORY, "no memory for %d samples of %s", num, info->name);
     for (int i = 0; i < num && st == RF_OK; i++) {
         int32_t len = 0;
@@ -175,15 +193,25 @@ static rf_status take(text_score *s, int i, const opened_text *t, const text_sam
     return RF_OK;
 }
 
+/* The sample's own context where the options ask for one. */
+static rf_status run_sample(rf_decoder *decoder, const text_samples *samples, int i, const rf_decode_options *options,
+                            rf_decode_result *r, rf_error *err) {
+    rf_decode_options o = *options;
+    if (o.kv_context != 0) o.kv_context = samples->contexts[i];
+    if (options->kv_context != 0 && o.kv_context == 0)
+        return rf_fail(err, RF_ERR_ARGUMENT, "%s: asks no question behind a context", task_at(samples->task)->name);
+    return rf_decoder_run(decoder, &o, samples->ids[i].ids, (int32_t)samples->ids[i].num, keep_going, NULL, r, err);
+}
+
 rf_status text_score_with(text_score *s, rf_decoder *decoder, const opened_text *t, const text_samples *samples,
                           const rf_decode_options *o, void (*on_sample)(void *user), void *user, rf_error *err) {
     double num = samples->num, reused = 0, fresh = 0;
     s->exact_match = s->ms = s->nfe = s->row_passes = s->key_reads = s->guide_ms = s->num_tokens = s->total_ms = 0;
+    s->kept_bytes = s->full_bytes = s->evictions = s->score_ms = s->step_score_ms = s->kv_budget = 0;
     for (int i = 0; i < samples->num; i++) {
         rf_decode_result r;
         double start = now_ms();
-        RF_TRY(
-            rf_decoder_run(decoder, o, samples->ids[i].ids, (int32_t)samples->ids[i].num, keep_going, NULL, &r, err));
+        RF_TRY(run_sample(decoder, samples, i, o, &r, err));
         double ms = now_ms() - start;
         if (cancel_requested()) return rf_fail(err, RF_ERR_CANCELLED, "interrupted");
         RF_TRY(take(s, i, t, samples, &r, err));
@@ -197,6 +225,13 @@ rf_status text_score_with(text_score *s, rf_decoder *decoder, const opened_text 
         s->num_tokens += r.num_tokens / num;
         s->cache_bytes = r.cache_bytes + r.plane_bytes;
         s->arena_bytes = r.arena_bytes;
+        kv_numbers kv = o->kv ? kv_numbers_of(&r) : (kv_numbers){0};
+        s->kept_bytes += kv.kept_bytes / num;
+        s->full_bytes += kv.full_bytes / num;
+        s->evictions += kv.evictions / num;
+        s->score_ms += kv.score_ms / num;
+        s->step_score_ms += kv.step_score_ms / num;
+        s->kv_budget += kv.budget / num;
         reused += (double)r.external_rows_reused;
         fresh += (double)r.external_rows_fresh;
         if (on_sample) on_sample(user);
@@ -211,8 +246,7 @@ rf_status text_score_run(text_score *s, const opened_text *t, const text_samples
     rf_decode_result r;
     RF_TRY(text_score_alloc(s, samples, err));
     rf_status st = rf_decoder_create(&decoder, t->model, o, samples->longest + samples->max_new, err);
-    for (int i = 0; i < samples->num && warm && st == RF_OK; i++)
-        st = rf_decoder_run(decoder, o, samples->ids[i].ids, (int32_t)samples->ids[i].num, keep_going, NULL, &r, err);
+    for (int i = 0; i < samples->num && warm && st == RF_OK; i++) st = run_sample(decoder, samples, i, o, &r, err);
     if (st == RF_OK) st = text_score_with(s, decoder, t, samples, o, on_sample, user, err);
     rf_decoder_destroy(decoder);
     return st;

@@ -14,6 +14,7 @@ typedef struct {
     int num;
     char **prompts, **answers;
     rf_token_ids *ids;    /* [num] prompts */
+    int32_t *contexts;    /* [num] tokens of a prompt before its question; 0 = the task asks none */
     int32_t max_new;      /* tokens to make: the longest answer and its end of text, to whole blocks */
     int32_t longest;      /* prompt */
     double answer_tokens; /* mean */
@@ -41,13 +42,16 @@ typedef struct {
     double total_ms;
     size_t cache_bytes, arena_bytes;
     double external_reused; /* share of rows; NaN = no attention reuse */
+    /* of a KV policy, means; 0 = none */
+    double kept_bytes, full_bytes, evictions, score_ms, step_score_ms, kv_budget;
 } text_score;
 
 /* Options of a setting for these samples: the model's, base (of the command line), the setting's own. guide may be NULL. */
 rf_status text_score_options(rf_decode_options *out, const opened_text *text, const text_samples *samples,
                              const text_settings *base, const sweep_setting *setting, const rf_text_model *guide,
                              uint64_t seed, rf_error *err);
-/* on_sample, if there is one, is called after each. Interrupted: RF_ERR_CANCELLED. warm: a first run over them that does not
+/* Where options->kv_context is not 0 each sample's own context takes its place, which it must have.
+ * on_sample, if there is one, is called after each. Interrupted: RF_ERR_CANCELLED. warm: a first run over them that does not
  * count. */
 rf_status text_score_run(text_score *out, const opened_text *text, const text_samples *samples,
                          const rf_decode_options *options, bool warm, void (*on_sample)(void *user), void *user,

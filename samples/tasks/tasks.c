@@ -154,6 +154,18 @@ int task_generate(int task, uint64_t seed, const task_settings *settings, char *
     return s.prompt.over || s.answer.over ? -1 : 0;
 }
 
+/* Words that begin a question; no context holds them. */
+int task_question(int task, const char *prompt) {
+    static const char *const asking[] = {" get ", " What ", " Which "};
+    const task_info *info = task_at(task);
+    int at = -1;
+    if (!info || info->kind == TASK_TEXT) return -1;
+    for (size_t i = 0; i < sizeof asking / sizeof asking[0]; i++)
+        for (const char *p = prompt; (p = strstr(p, asking[i])) != NULL; p++)
+            if (p - prompt > at) at = (int)(p - prompt);
+    return at;
+}
+
 double task_score(int task, const char *prompt, const char *answer, const char *completion) {
     const task_entry *e = entry_at(task);
     if (!e || !e->info.exact) return -1.0;

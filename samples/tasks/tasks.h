@@ -66,6 +66,10 @@ int task_find(const char *name);    /* -1: none of that name */
 int task_generate(int task, uint64_t seed, const task_settings *settings, char *prompt, size_t prompt_size,
                   char *answer, size_t answer_size);
 
+/* Byte of a prompt at which its last question begins, with the space before it: what comes before is the context (with the
+ * question at its front too, if settings.aware). -1: the task asks no question about a context. */
+int task_question(int task, const char *prompt);
+
 /* 1 if the completion is right, else 0, white space at its end aside; -1 where the task has no score. Any valid grid and
  * any valid way to the target count as right, and lists of needle-mv, vt-long and cwe in any order. Any bytes will do. */
 double task_score(int task, const char *prompt, const char *answer, const char *completion);

@@ -2,7 +2,7 @@
  *
  *   bench_kernels [--device cpu|cuda|cuda:N] [--dtype f32|bf16] [-t threads] [-r repeats] [-o md|jsonl]
  *       [--what gemm|attention|attention-decode|norm|conv|layer|all|gemm-tiles|gemm-skinny|gemm-text|
- *        gemm-text-tuned|attention-plans]
+ *        gemm-text-tuned|attention-plans|attention-prefill]
  *
  * CUDA  at least 20 calls are captured in one graph; a GEMM's calls rotate over copies of its weights that together pass
  *       100 MB, so that weights come from memory as they do in a model. A figure is the median of the replays (default
@@ -11,6 +11,8 @@
  * Floor the larger of FLOP / 722 TFLOP/s and bytes / 2985 GB/s: a large GEMM's rate and a copy's rate on an H100 80 GB.
  *       Bytes count each operand once. Shown for CUDA only.
  * attention-decode: few query rows against long caches, with keys that rotate as a GEMM's weights do.
+ * attention-prefill (not part of all): many query rows against a cache, with lengths and masks, by kernel; FLOP and bytes are
+ *       those of the keys that are seen.
  * attention-plans (not part of all): some of these with every share of the keys over blocks that the kernel knows.
  * gemm-tiles (not part of all): the layers of DiT-XL/2 with the operator and with every tile of the own Hopper GEMM, one
  *       row a shape, microseconds; 10 calls or once over all weights a graph, 7 replays.
@@ -831,6 +833,58 @@ static void bench_decode(bench *b) {
            ROWS * (double)width * (4 + 2 * elem));
 }
 
+/* Prompts, and chunks of prompts, against a cache whose length is on the device. */
+static void bench_prefill(bench *b) {
+    enum { PLAIN, LENS, CAUSAL, BLOCKS }; /* no length either; a length; and a mask */
+    static const char *const names[] = {"no length", "kv_lens", "causal", "block-causal"};
+    static const struct {
+        int how;
+        int64_t q_len, kv_len;
+        int hq, hkv, d;
+    } shapes[] = {
+        {PLAIN, 1024, 1024, 32, 32, 128},   {LENS, 1024, 1024, 32, 32, 128},   {PLAIN, 4096, 4096, 32, 32, 128},
+        {LENS, 4096, 4096, 32, 32, 128},    {BLOCKS, 1024, 1024, 32, 32, 128}, {CAUSAL, 1024, 1024, 32, 8, 128},
+        {CAUSAL, 2048, 2048, 32, 8, 128},   {CAUSAL, 2048, 8192, 32, 8, 128},  {CAUSAL, 2048, 32768, 32, 8, 128},
+        {CAUSAL, 2048, 131072, 32, 8, 128}, {CAUSAL, 8192, 8192, 32, 8, 128},  {CAUSAL, 2048, 2048, 32, 8, 64},
+        {CAUSAL, 128, 256, 32, 8, 128},     {CAUSAL, 128, 4096, 32, 8, 128},   {CAUSAL, 256, 4096, 32, 8, 128},
+        {CAUSAL, 384, 4096, 32, 8, 128},    {CAUSAL, 512, 4096, 32, 8, 128},
+    };
+    static const struct {
+        const char *name;
+        rf_attention_kernel kernel;
+    } kernels[] = {{"auto", RF_ATTENTION_AUTO}, {"wgmma", RF_ATTENTION_WGMMA}, {"mma", RF_ATTENTION_MMA}};
+    const int min_calls = b->min_calls;
+    for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++) {
+        const int64_t q_len = shapes[i].q_len, kv_len = shapes[i].kv_len, first = kv_len - q_len;
+        const int how = shapes[i].how, hq = shapes[i].hq, hkv = shapes[i].hkv, d = shapes[i].d;
+        double seen = 0; /* pairs of a query and a key */
+        for (int64_t r = 0; r < q_len; r++)
+            seen += (double)(how == CAUSAL ? first + r + 1 : how == BLOCKS ? ((first + r) / 32 + 1) * 32 : kv_len);
+        double elem = (double)rf_dtype_bytes(b->dtype), flops = 4.0 * hq * seen * d;
+        double bytes = 2.0 * elem * d * (hkv * (double)kv_len + hq * (double)q_len);
+        for (size_t k = 0; k < sizeof kernels / sizeof kernels[0]; k++) {
+            if (kernels[k].kernel != RF_ATTENTION_AUTO && (!b->cuda || b->dtype != RF_DTYPE_BF16)) continue;
+            char name[96];
+            snprintf(name, sizeof name, "%s %s (%lld,%d/%d,%lld,%d)", names[how], kernels[k].name, (long long)q_len, hq,
+                     hkv, (long long)kv_len, d);
+            if (too_large(b, name, flops)) continue;
+            make_caches(b, q_len, kv_len, kv_len, hq, hkv, d, kernels[k].kernel);
+            for (int c = 0; c < b->copies; c++) {
+                rf_attention_args *a = &b->attentions[c];
+                if (how == PLAIN) a->kv_lens = NULL;
+                if (how == CAUSAL || how == BLOCKS) {
+                    a->mask = how == CAUSAL ? RF_MASK_CAUSAL : RF_MASK_BLOCK_CAUSAL;
+                    a->causal_block = 32;
+                    a->q_pos_offset = (int32_t)first;
+                }
+            }
+            b->min_calls = flops < 1e12 ? min_calls : 2; /* milliseconds each */
+            report(b, name, call_attention_copy, flops, bytes);
+            b->min_calls = min_calls;
+        }
+    }
+}
+
 #ifdef RF_HAVE_CUDA
 
 static rf_status call_attention_plan(bench *b, int copy, rf_error *err) {
@@ -1138,7 +1192,7 @@ static int usage(const char *why) {
             "bench_kernels: %s\n"
             "usage: bench_kernels [--device cpu|cuda|cuda:N] [--dtype f32|bf16] [--what "
             "gemm|attention|attention-decode|norm|conv|layer|all|gemm-tiles|gemm-skinny|gemm-text|gemm-text-tuned|"
-            "attention-plans]\n"
+            "attention-plans|attention-prefill]\n"
             "                     [-t threads] [-r repeats] [-o md|jsonl]\n",
             why);
     return 2;
@@ -1176,11 +1230,12 @@ int main(int argc, char **argv) {
                   {"norm", bench_norm},
                   {"conv", bench_conv},
                   {"layer", bench_layer},
-                  {"gemm-tiles", bench_gemm_tiles}, /* this and the next four only by their names */
+                  {"gemm-tiles", bench_gemm_tiles}, /* this and the next five only by their names */
                   {"gemm-skinny", bench_gemm_skinny},
                   {"gemm-text", bench_gemm_text},
                   {"gemm-text-tuned", bench_gemm_text_tuned},
-                  {"attention-plans", bench_decode_plans}};
+                  {"attention-plans", bench_decode_plans},
+                  {"attention-prefill", bench_prefill}};
     const size_t num_groups = sizeof groups / sizeof groups[0];
     bool known = strcmp(what, "all") == 0;
     for (size_t i = 0; i < num_groups; i++) known |= strcmp(what, groups[i].name) == 0;
@@ -1198,7 +1253,7 @@ int main(int argc, char **argv) {
     fprintf(stderr, "%s: %s, %d threads, %s\n", rf_backend_name(b.backend), rf_backend_description(b.backend),
             rf_backend_num_threads(b.backend), rf_dtype_name(b.dtype));
     for (size_t i = 0; i < num_groups; i++) {
-        if ((strcmp(what, "all") == 0 && i + 5 < num_groups) || strcmp(what, groups[i].name) == 0) groups[i].run(&b);
+        if ((strcmp(what, "all") == 0 && i + 6 < num_groups) || strcmp(what, groups[i].name) == 0) groups[i].run(&b);
     }
     rf_stream_destroy(b.stream);
     rf_backend_close(b.backend);

@@ -142,6 +142,29 @@ static const attention_case cases[] = {
     {ALL(3, 8, 300, 4, 2, 64), .mask = RF_MASK_CAUSAL, .lens = true, .offset = 290},
     {ALL(2, 130, 150, 2, 2, 72), .mask = RF_MASK_CAUSAL, .offsets = true},
     {ALL(2, 300, 320, 4, 1, 128), .mask = RF_MASK_CAUSAL, .offsets = true, .offset = 3},
+    /* prefill: row tiles of 64 and 128, key tiles of 128, lengths and masks around their borders, rows that see nothing,
+     * more tiles of rows than a card has SMs */
+    {ALL(1, 128, 128, 2, 2, 128), .mask = RF_MASK_CAUSAL},
+    {ALL(1, 129, 257, 2, 1, 64), .mask = RF_MASK_CAUSAL, .offset = 128},
+    {ALL(1, 127, 383, 4, 2, 128), .mask = RF_MASK_CAUSAL, .offset = 255},
+    {ALL(2, 257, 300, 4, 1, 128), .mask = RF_MASK_CAUSAL, .offset = 1, .offsets = true},
+    {ALL(1, 300, 100, 2, 2, 128), .mask = RF_MASK_CAUSAL},
+    {ALL(4, 130, 300, 4, 2, 128), .lens = true},
+    {ALL(4, 200, 257, 2, 1, 64), .lens = true},
+    {ALL(4, 100, 200, 2, 1, 128), .lens = true},
+    {ALL(4, 70, 600, 2, 2, 72), .lens = true},
+    {ALL(4, 150, 500, 4, 1, 128), .lens = true, .mask = RF_MASK_CAUSAL, .offset = 200, .offsets = true},
+    {ALL(4, 150, 500, 2, 2, 64), .lens = true, .mask = RF_MASK_BLOCK_CAUSAL, .block = 32, .offset = 64},
+    {ALL(1, 256, 700, 4, 2, 128), .mask = RF_MASK_BLOCK_CAUSAL, .block = 32, .offset = 320},
+    {ALL(2, 190, 400, 2, 1, 128), .mask = RF_MASK_BLOCK_CAUSAL, .block = 100, .offsets = true},
+    {ALL(1, 150, 900, 2, 2, 72), .mask = RF_MASK_BLOCK_CAUSAL, .block = 1000},
+    {ALL(1, 300, 400, 2, 1, 128), .mask = RF_MASK_CAUSAL, .num_ranges = 1, .ranges = {{140, 390}}},
+    {ALL(1, 150, 400, 2, 1, 64), .mask = RF_MASK_CAUSAL, .num_ranges = 1, .ranges = {{200, 390}}},
+    {ALL(1, 200, 300, 2, 2, 128), .mask = RF_MASK_CAUSAL, .offset = 50, .q_std = 60},
+    {ALL(1, 270, 300, 48, 6, 128), .mask = RF_MASK_CAUSAL, .offset = 30},
+    {ALL(2, 270, 300, 28, 4, 64), .mask = RF_MASK_CAUSAL, .lens = true, .offset = 30},
+    {ALL(3, 130, 300, 24, 24, 64), .lens = true},
+    {ALL(3, 500, 260, 24, 3, 64), .mask = RF_MASK_BLOCK_CAUSAL, .block = 50, .lens = true},
     /* where results go, and what they are joined with */
     {ALL(1, 32, 1024, 4, 4, 128), .f32_out = true},
     {ALL(3, 1, 1000, 8, 2, 64), .f32_out = true, .lens = true},
@@ -445,29 +468,29 @@ START_TEST(packed_rows_match_double) {
 END_TEST
 
 /* Rows past every query's limit and past kv_lens may hold NaN: they are not read into the result. */
-START_TEST(unseen_keys_may_hold_anything) {
-    rf_dtype dtype = test_dtype(_i);
-    enum { KV = 400, D = 64, LEN = 290 };
-    operand k = op_normal(dtype, KV * D, 0, 1), v = op_normal(dtype, KV * D, 0, 1);
+static void check_unseen_keys(rf_dtype dtype, int d) {
+    enum { KV = 400, LEN = 290 };
+    operand k = op_normal(dtype, (size_t)(KV * d), 0, 1), v = op_normal(dtype, (size_t)(KV * d), 0, 1);
     operand k_bad = op_clone(&k), v_bad = op_clone(&v);
     const int32_t len = LEN;
     int32_t rows[KV];
     random_permutation(rows, KV, 3);
-    for (int i = LEN * D; i < KV * D; i++) k_bad.host[i] = v_bad.host[i] = NAN;
+    for (int i = LEN * d; i < KV * d; i++) k_bad.host[i] = v_bad.host[i] = NAN;
     op_upload(&k_bad);
     op_upload(&v_bad);
-    const rf_attention_kernel kernels[] = {RF_ATTENTION_AUTO, RF_ATTENTION_MMA, RF_ATTENTION_DECODE};
+    const rf_attention_kernel kernels[] = {RF_ATTENTION_AUTO, RF_ATTENTION_MMA, RF_ATTENTION_WGMMA,
+                                           RF_ATTENTION_DECODE};
     const int q_lens[] = {1, 20, 100, 257};
     int runs = 0;
     for (size_t n = 0; n < 4; n++) {
         int q_len = q_lens[n];
-        operand q = op_normal(dtype, (size_t)(q_len * D), 0, 1);
+        operand q = op_normal(dtype, (size_t)(q_len * d), 0, 1);
         for (int how = 0; how < 5; how++) { /* kv_lens; causal; block-causal; causal over a list; causal over ranges */
-            for (size_t kernel = 0; kernel < 3; kernel++) {
+            for (size_t kernel = 0; kernel < 4; kernel++) {
                 if (how > 0 && q_len > LEN) continue;
-                operand good = op_poison(dtype, (size_t)(q_len * D)), out = op_poison(dtype, (size_t)(q_len * D));
-                rf_attention_args a = rf_attention_args_packed(dtype, 1, q_len, 1, D, NULL, NULL);
-                a.q_row_stride = a.kv_row_stride = a.out_row_stride = D;
+                operand good = op_poison(dtype, (size_t)(q_len * d)), out = op_poison(dtype, (size_t)(q_len * d));
+                rf_attention_args a = rf_attention_args_packed(dtype, 1, q_len, 1, d, NULL, NULL);
+                a.q_row_stride = a.kv_row_stride = a.out_row_stride = d;
                 a.kv_len = KV;
                 a.q = q.dev;
                 a.k = k.dev;
@@ -490,7 +513,8 @@ START_TEST(unseen_keys_may_hold_anything) {
                 if (a.kernel != RF_ATTENTION_AUTO && test_ops()->attention(NULL, &a, &why) != RF_OK) continue;
                 /* its lists of keys are loaded as they are */
                 if (a.kernel == RF_ATTENTION_MMA && how >= 3) continue;
-                if (a.kernel == RF_ATTENTION_AUTO && how >= 3 && test_is_cuda() && dtype == RF_DTYPE_BF16 && q_len > 64)
+                if (a.kernel == RF_ATTENTION_AUTO && how >= 3 && test_is_cuda() && dtype == RF_DTYPE_BF16 &&
+                    (q_len > 64 || d == 72))
                     continue;
                 a.workspace_bytes = test_ops()->attention_workspace(test_backend(), &a);
                 a.workspace = dev_bytes(a.workspace_bytes);
@@ -499,13 +523,89 @@ START_TEST(unseen_keys_may_hold_anything) {
                 a.v = v_bad.dev;
                 a.out = out.dev;
                 expect_ok(test_ops()->attention(test_stream(), &a, &err));
-                expect_same_bits(&good, &out, "attention", "NaN past the last key, %d queries, case %d, kernel %d",
-                                 q_len, how, (int)a.kernel);
+                expect_same_bits(&good, &out, "attention",
+                                 "NaN past the last key, %d queries of %d, case %d, kernel %d", q_len, d, how,
+                                 (int)a.kernel);
                 runs++;
             }
         }
     }
     ck_assert_int_ge(runs, 12);
+}
+
+START_TEST(unseen_keys_may_hold_anything) {
+    check_unseen_keys(test_dtype(_i), 64);
+}
+END_TEST
+
+START_TEST(unseen_keys_may_hold_anything_with_a_tail) {
+    check_unseen_keys(test_dtype(_i), 72);
+}
+END_TEST
+
+START_TEST(unseen_keys_may_hold_anything_in_wide_heads) {
+    check_unseen_keys(test_dtype(_i), 128);
+}
+END_TEST
+
+/* The Hopper kernel: a row's bits depend on the keys it sees. Lengths that are all keys are no lengths, a prompt in chunks is the
+ * prompt, and how far the cache goes on behind the last position (which is what rows are ordered by) does not matter, nor is
+ * any of it read. */
+START_TEST(wgmma_rows_keep_their_bits) {
+    enum { H = 48, HKV = 12, Q = 300, KV = 420, FROM = KV - Q, CUT = 170 };
+    const int d = _i == 0 ? 64 : 128;
+    const size_t num = (size_t)(Q * H * d);
+    operand q = op_normal(RF_DTYPE_BF16, num, 0, 1), k = op_normal(RF_DTYPE_BF16, (size_t)(KV * HKV * d), 0, 1);
+    operand v = op_normal(RF_DTYPE_BF16, (size_t)(KV * HKV * d), 0, 1);
+    operand plain = op_poison(RF_DTYPE_BF16, num), out = op_poison(RF_DTYPE_BF16, num);
+    operand plain_lse = op_poison(RF_DTYPE_F32, H * Q), lse = op_poison(RF_DTYPE_F32, H * Q);
+    const int32_t len = KV;
+    rf_attention_args a = rf_attention_args_packed(RF_DTYPE_BF16, 1, Q, H, d, NULL, NULL);
+    a.num_kv_heads = HKV;
+    a.kv_len = KV;
+    a.q_row_stride = H * d;
+    a.kv_row_stride = HKV * d;
+    a.q = q.dev;
+    a.k = k.dev;
+    a.v = v.dev;
+    a.out = plain.dev;
+    a.lse = plain_lse.dev;
+    a.kernel = RF_ATTENTION_WGMMA;
+    rf_error why = {0};
+    const rf_status status = test_ops()->attention(test_stream(), &a, &why);
+    if (status == RF_ERR_UNSUPPORTED) return; /* another architecture */
+    ck_assert_msg(status == RF_OK, "%s", why.message);
+    rf_attention_args b = a;
+    b.kv_lens = dev_i32(&len, 1);
+    b.out = out.dev;
+    b.lse = lse.dev;
+    expect_ok(test_ops()->attention(test_stream(), &b, &err));
+    expect_same_bits(&plain, &out, "attention", "lengths of all keys, head_dim %d", d);
+    expect_same_bits(&plain_lse, &lse, "attention lse", "lengths of all keys, head_dim %d", d);
+
+    a.mask = RF_MASK_CAUSAL;
+    a.q_pos_offset = FROM;
+    expect_ok(test_ops()->attention(test_stream(), &a, &err));
+    b = a;
+    b.out = out.dev;
+    b.lse = lse.dev;
+    b.kv_len = 1 << 20;
+    expect_ok(test_ops()->attention(test_stream(), &b, &err));
+    expect_same_bits(&plain, &out, "attention", "a longer cache, head_dim %d", d);
+    expect_same_bits(&plain_lse, &lse, "attention lse", "a longer cache, head_dim %d", d);
+
+    operand parts = op_poison(RF_DTYPE_BF16, num);
+    b.kv_len = KV;
+    b.lse = NULL;
+    for (int part = 0; part < 2; part++) {
+        const int first = part ? CUT : 0;
+        b.q_len = part ? Q - CUT : CUT;
+        b.q_pos_offset = FROM + first;
+        b.q = (const char *)q.dev + (size_t)first * H * (size_t)d * 2;
+        b.out = (char *)parts.dev + (size_t)first * H * (size_t)d * 2;
+        expect_ok(test_ops()->attention(test_stream(), &b, &err));
+    }
+    expect_same_bits(&plain, &parts, "attention", "in two chunks, head_dim %d", d);
 }
 END_TEST
 
@@ -899,6 +999,12 @@ START_TEST(bad_arguments_are_refused_at_plan_time) {
         REFUSED(a.kernel = RF_ATTENTION_MMA, RF_ERR_UNSUPPORTED);
         REFUSED(a.kernel = RF_ATTENTION_WGMMA, RF_ERR_UNSUPPORTED);
         REFUSED(a.kernel = RF_ATTENTION_DECODE, RF_ERR_UNSUPPORTED);
+    } else if (test_dtype(_i) == RF_DTYPE_BF16) {
+        REFUSED((a.kernel = RF_ATTENTION_WGMMA, a.kv_rows = some), RF_ERR_UNSUPPORTED);
+        REFUSED((a.kernel = RF_ATTENTION_WGMMA, a.q_rows = some), RF_ERR_UNSUPPORTED);
+        REFUSED((a.kernel = RF_ATTENTION_WGMMA, a.num_ranges = 2, a.ranges[0] = (rf_key_range){0, 5},
+                 a.ranges[1] = (rf_key_range){9, 20}),
+                RF_ERR_UNSUPPORTED);
     }
 #undef REFUSED
     expect_status(ops->attention(NULL, NULL, &err), RF_ERR_ARGUMENT);
@@ -975,9 +1081,12 @@ int main(void) {
         tcase_add_loop_test(tc, mma_kernel_matches_double, 0, NUM_CASES);
         tcase_add_loop_test(tc, wgmma_kernel_matches_double, 0, NUM_CASES);
         tcase_add_loop_test(tc, decode_kernel_matches_double, 0, NUM_CASES);
+        tcase_add_loop_test(tc, wgmma_rows_keep_their_bits, 0, 2);
     }
     add_for_dtypes(tc, packed_rows_match_double);
     add_for_dtypes(tc, unseen_keys_may_hold_anything);
+    add_for_dtypes(tc, unseen_keys_may_hold_anything_with_a_tail);
+    add_for_dtypes(tc, unseen_keys_may_hold_anything_in_wide_heads);
     add_for_dtypes(tc, listed_keys_equal_packed_keys);
     tc = kernel_tcase(suite, "merge and softmax");
     add_for_dtypes(tc, merge_of_two_parts_equals_the_whole);

@@ -931,6 +931,41 @@ START_TEST(questions_share_a_context) {
 }
 END_TEST
 
+/* The question's place, against the test's own look at the prompt; what is before it knows nothing of the question. */
+START_TEST(questions_are_found) {
+    static sample s, other;
+    char question[128];
+    int asking = 0;
+    for (int task = 0; task < task_count(); task++) {
+        const task_info *info = task_at(task);
+        for (uint64_t seed = 0; seed < 48; seed++) {
+            task_settings settings = {.question = (int)seed % 3, .aware = seed % 2};
+            make(task, seed, settings, &s);
+            int at = task_question(task, s.prompt);
+            if (!question_of(info, &s, question, sizeof question)) {
+                ck_assert_msg(at == -1, "%s: question at %d of '%s'", info->name, at, s.prompt);
+                continue;
+            }
+            asking++;
+            ck_assert_int_gt(at, 0);
+            ck_assert_uint_lt((size_t)at, strlen(s.prompt));
+            ck_assert(strncmp(s.prompt + at, question, strlen(question)) == 0);
+            ck_assert_ptr_null(strstr(s.prompt + at + 1, question));
+            const char *end = is(info, "kv") || is(info, "vt") || is(info, "kv-long") ? "=" : "? Answer:";
+            ck_assert_str_eq(s.prompt + at + strlen(question), end);
+            if (!is(info, "kv-long") || settings.aware) continue;
+            settings.question = 7; /* another question, the same context */
+            make(task, seed, settings, &other);
+            ck_assert_int_eq(task_question(task, other.prompt), at);
+            ck_assert(strncmp(s.prompt, other.prompt, (size_t)at) == 0);
+        }
+    }
+    ck_assert_int_eq(asking, 9 * 48 - 48);
+    ck_assert_int_eq(task_question(-1, " What "), -1);
+    ck_assert_int_eq(task_question(task_find("text"), " What "), -1);
+}
+END_TEST
+
 int main(void) {
     Suite *suite = suite_create("tasks");
     TCase *tc = tcase_create("tasks");
@@ -954,6 +989,7 @@ int main(void) {
     tcase_add_test(tc, lists_are_right_in_any_order);
     tcase_add_test(tc, aware_prompts_ask_first);
     tcase_add_test(tc, questions_share_a_context);
+    tcase_add_test(tc, questions_are_found);
     suite_add_tcase(suite, tc);
     return rf_run_suite(suite);
 }

@@ -1,0 +1,210 @@
+/* dlm/kv_internal.h - what the files of the budgeted executor share. Internal to dlm/.
+ *
+ * kv_session.c plans a session, takes prompts and reads results; kv_prefill.c runs a prompt layer by layer; kv_measure.c
+ * makes what a rule wants to know; kv_step.c runs tokens behind it.
+ * Units u = sequence * Hkv + key head: a layer's lists stand in that order. */
+#ifndef RF_DLM_KV_INTERNAL_H
+#define RF_DLM_KV_INTERNAL_H
+
+#include "dlm/forward_internal.h"
+#include "dlm/kv_session.h"
+#include "kernels/kv.h"
+
+#define RF_KV_GRAPHS 24 /* one for each power of two of keys */
+
+/* What is measured, f32: the same layout on the device and on the host (there the same memory). NULL: not wanted. */
+typedef struct {
+    float *s1, *s2, *peak, *removal, *wo_norm, *expected; /* [Hq][stride] */
+    float *key_norm, *value_norm, *key_cosine;            /* [Hkv][stride] */
+    float *entropy;                                       /* [Hq] */
+} rf_kv_measures;
+
+/* Of one sequence, on the host. */
+typedef struct {
+    rf_kv_book *book;
+    rf_kv_book *draft_book; /* drafted queries: of the compressed copy that they are decoded on */
+    int32_t compressed;     /* tokens of the prompt behind which the book chose */
+    int32_t seen;           /* tokens so far: the next one's true position */
+    int32_t appended;       /* seen - compressed: at most max_new */
+    int32_t made;           /* steps since the prompt: the RNG's step */
+    int32_t budget;         /* 0 = no limit */
+    int32_t *shift;         /* [L] DELTA: the next token's position less its true one */
+    bool ready;
+    /* lists that live on the device: what is known of them here */
+    int32_t *lens;  /* [L * Hkv] slots now */
+    bool has_spare; /* an evicted slot's row takes the next token */
+    int32_t *free_rows, num_free;
+    int64_t evicted;
+} rf_kv_sequence;
+
+/* In int32 words of the block that a step uploads; entries of all sequences. */
+typedef struct {
+    size_t tokens, keys, steps; /* [B] */
+    size_t positions;           /* [L][B] */
+    size_t new_rows;            /* [L][U] */
+    size_t slots,
+        slot_positions; /* on_device: [L][U] entry of `positions` that the new slot has, and what goes there */
+    size_t words;
+} rf_kv_control;
+
+/* R = B rows. */
+typedef struct {
+    void *x, *h, *wide, *act, *q, *attn, *y;
+    void *k_new, *v_new; /* [U][D] turned keys of the new tokens, values */
+    void *k_raw;         /* [U][D] CACHE: unturned */
+    float *lse;          /* [B][Hq] */
+    void *attn_workspace;
+    size_t attn_workspace_bytes;
+} rf_kv_step_buffers;
+
+struct rf_kv_session {
+    const rf_text_model *model;
+    const rf_ops *ops;
+    rf_backend *backend;
+    rf_stream *stream;      /* the staging session's */
+    rf_text_session *stage; /* one sequence, one layer's planes */
+    rf_kv_session_options options;
+    rf_kv_rule rule;
+    rf_kv_shape shape;
+    unsigned prefill_needs, step_needs;
+    unsigned needs;        /* of the prompt that is computed now */
+    rf_kv_rule draft_rule; /* drafted queries: SnapKV, behind which they are decoded */
+    unsigned draft_needs;
+    int32_t draft_at; /* the token that is drafted now, -1: none */
+    int32_t num_drafted;
+    bool on_device; /* slots are chosen by kv_evict; the books end with the prompt */
+    bool host;      /* the backend is the host's */
+    rf_kv_evict_mode evict_mode;
+
+    int num_layers, num_q_heads, num_kv_heads, head_dim, group, batch, units;
+    int32_t extra_rows;     /* pseudo queries */
+    int32_t default_budget; /* as it was asked for: 0 = by options.ratio; options.budget is the largest */
+    int64_t stride;         /* slots of a list */
+    int64_t pool_rows;      /* of a sequence */
+    int64_t stats_stride, list_stride;
+
+    char *memory;
+    size_t memory_bytes, pool_bytes;
+    char *k_pool, *v_pool;                /* [batch * pool_rows][D] */
+    char *k_raw_plane;                    /* CACHE, EXPECTED: unturned keys of the layer, as the staging plane */
+    char *x_plane;                        /* [max_prompt + chunk][hidden], then [extra + chunk][hidden] */
+    char *q_raw;                          /* [chunk][Hq * D] */
+    char *draft_q;                        /* [L][drafts][Hq * D] turned queries of drafted tokens */
+    char *k_read, *v_read;                /* [U][stride][D] CACHE, or measuring of keys: slots in order */
+    int32_t *iota_rows;                   /* [U][stride] u * stride + j: lists over them */
+    int32_t *iota_slots;                  /* CACHE: [Hkv][stride] j */
+    int32_t *rows, *lens;                 /* [L][U][stride], [L][U] */
+    int32_t *positions, *spare, *budgets; /* on_device: [L][U][stride], [L][U], [L][U] */
+    float *scores;                        /* on_device: [L][U][stride] */
+    int32_t *copy_lists;                  /* from, to, turn: [3][Hkv][list_stride], counts [Hkv] */
+    float *lse, *weights;                 /* [Hq][chunk], [max_prompt + extra] */
+    rf_kv_measures measured, host_measured;
+    float *anchor;        /* [Hkv][D] */
+    float *measure_block; /* all of measured */
+    size_t measure_floats;
+    void *workspace;
+    size_t workspace_bytes;
+    rf_kv_step_buffers step;
+    int32_t *control;
+    rf_kv_control at;
+    char *head_h; /* [B][hidden] */
+    rf_token_stats *stats;
+    void *head_workspace;
+    size_t head_workspace_bytes;
+    float *logits, *host_logits; /* [B][vocab], with keep_logits */
+
+    /* host, page-locked */
+    int32_t *host_control, *host_rows, *host_lens, *host_copy, *host_state;
+    float *host_weights, *host_measure_block, *host_scores;
+    rf_token_stats *host_stats;
+    /* host */
+    rf_kv_sequence *sequences;
+    float *host_k, *host_v; /* [Hkv][stats_stride][D], with RF_KV_NEED_KV */
+    char *bounce;           /* rows on their way, model's dtype */
+    size_t bounce_bytes;
+    float *rope_mean; /* EXPECTED: [D / 2][2] */
+    double *moments;  /* EXPECTED: [Hq][D + D * D] */
+    double moment_rows;
+    int32_t *prompt_positions; /* 0, 1, 2, ... */
+
+    rf_graph *graphs[RF_KV_GRAPHS];
+    bool graph_planned[RF_KV_GRAPHS];
+
+    rf_kv_draw draw;
+    int last_sequence; /* of the last prefill, -1: the last was a step */
+    bool has_result;
+    rf_kv_session_info info;
+    int64_t key_layers, row_layers;
+};
+
+static inline size_t rf_kv_elem(const rf_kv_session *s) {
+    return rf_dtype_bytes(s->model->dtype);
+}
+static inline rf_text_run rf_kv_run(const rf_kv_session *s) {
+    return (rf_text_run){.s = s->stage, .stream = s->stream};
+}
+static inline bool rf_kv_in_cache_order(const rf_kv_session *s) {
+    return s->rule.position == RF_KV_POSITION_CACHE;
+}
+static inline bool rf_kv_keeps_unturned(const rf_kv_session *s) {
+    return rf_kv_in_cache_order(s) || (s->prefill_needs & RF_KV_NEED_EXPECTED) != 0;
+}
+static inline int64_t rf_kv_unit_at(const rf_kv_session *s, int layer, int sequence) {
+    return ((int64_t)layer * s->batch + sequence) * s->num_kv_heads;
+}
+
+/* --- kv_session.c --- */
+
+rf_status rf_kv_session_create_as(rf_kv_session **out, const rf_text_model *model, const rf_kv_session_options *options,
+                                  bool may_use_device, rf_error *err);
+rf_status rf_kv_wait(rf_kv_session *s, rf_error *err);
+double rf_kv_now_ms(void);
+/* Lists and lengths of layers [first, end) of a sequence, from its book. */
+rf_status rf_kv_upload_lists(rf_kv_session *s, int sequence, int first, int end, rf_error *err);
+/* Statistics (and logits) of x [num][hidden] as those of sequences first.. */
+rf_status rf_kv_queue_head(rf_kv_session *s, const void *x, int first, int num, rf_error *err);
+rf_status rf_kv_download_head(rf_kv_session *s, int first, int num, rf_error *err);
+/* Device rows of the model's dtype as host floats, and back. Wait. */
+rf_status rf_kv_read_rows(rf_kv_session *s, const void *device, int64_t num, float *out, rf_error *err);
+rf_status rf_kv_write_rows(rf_kv_session *s, void *device, int64_t num, const float *in, rf_error *err);
+
+/* --- kv_prefill.c --- */
+
+/* The first num tokens of a sequence: layers, choice, pool. With want_head its last row's statistics. */
+rf_status rf_kv_prefill(rf_kv_session *s, int sequence, const int32_t *tokens, int32_t num, bool want_head,
+                        rf_error *err);
+
+/* --- kv_measure.c --- */
+
+/* Before a prompt: what the rule wants of it (nothing, if nothing will be dropped), and weights of its queries. */
+rf_status rf_kv_measure_begin(rf_kv_session *s, const rf_kv_sequence *sequence, rf_error *err);
+rf_status rf_kv_measure_layer_begin(rf_kv_session *s, rf_error *err);
+/* Rows begin..begin + rows - 1 of the prompt have passed attention in a run of run_rows; pseudo: rows behind the prompt. */
+bool rf_kv_measures_rows(const rf_kv_session *s, int32_t num, int32_t begin, int32_t rows, bool pseudo);
+rf_status rf_kv_measure_rows(rf_kv_session *s, int layer, int32_t num, int32_t begin, int32_t rows, int64_t run_rows,
+                             bool pseudo, rf_error *err);
+/* Unturned queries of rows that are no sinks. */
+rf_status rf_kv_measure_queries(rf_kv_session *s, int32_t begin, int32_t rows, rf_error *err);
+/* Drafted queries over the layer's keys. */
+rf_status rf_kv_measure_drafts(rf_kv_session *s, int layer, int32_t num, rf_error *err);
+/* Everything else of the layer; *stats is host memory until the next layer. */
+rf_status rf_kv_measure_layer(rf_kv_session *s, int layer, int32_t num, rf_kv_stats *stats, rf_error *err);
+/* Of a step's query of one sequence. Waits. */
+rf_status rf_kv_measure_step(rf_kv_session *s, int layer, int sequence, rf_kv_stats *stats, rf_error *err);
+/* Joins of a book on the layer's planes of keys and values. */
+rf_status rf_kv_join_prompt(rf_kv_session *s, int layer, int sequence, int32_t num, rf_error *err);
+rf_status rf_kv_join_pool(rf_kv_session *s, int layer, int sequence, rf_error *err);
+/* Bytes that the operators want as workspace, for this session's sizes. */
+size_t rf_kv_measure_workspace(const rf_kv_session *s);
+
+/* --- kv_step.c --- */
+
+/* One token each of sequences first..first + num - 1. head: statistics too. */
+rf_status rf_kv_step_range(rf_kv_session *s, int first, int num, const int32_t *tokens, bool head, rf_error *err);
+/* Algorithms for steps of one and of all sequences, on a device. */
+rf_status rf_kv_plan_steps(rf_kv_session *s, rf_error *err);
+/* Device lists of a sequence as its book left them. */
+rf_status rf_kv_start_device(rf_kv_session *s, int sequence, rf_error *err);
+rf_attention_args rf_kv_step_attention(const rf_kv_session *s, int layer, int first, int num, int64_t kv_len);
+
+#endif

@@ -1,0 +1,214 @@
+/* dlm/kv_prefill.c - a prompt, layer by layer: all rows through a layer in chunks, then the layer is measured, the book
+ * chooses, and what stays is copied from the staging plane to the pool.
+ *
+ * A chunk of a layer queues what a pass of the plain session queues (dlm/pass_layers.c), with the same numbers of rows
+ * and keys: the same bits. Residual rows wait in a plane between layers; their norm is made again. */
+#include <string.h>
+
+#include "dlm/kv_internal.h"
+
+typedef struct {
+    int32_t begin, rows; /* positions of the prompt */
+    bool pseudo;
+} chunk;
+
+static char *chunk_x(const rf_kv_session *s, const chunk *c) {
+    /* Padding rows behind the prompt may not touch pseudo rows. */
+    int64_t row = c->pseudo ? s->options.max_prompt + s->stage->options.max_rows : c->begin;
+    return s->x_plane + (size_t)(row * s->model->desc.hidden) * rf_dtype_bytes(s->stage->options.residual_dtype);
+}
+
+/* As a pass over the rows; its lists on their way to the device. */
+static rf_status make_run(rf_kv_session *s, const chunk *c, const int32_t *tokens, rf_text_run *run, rf_error *err) {
+    int32_t end = c->begin + c->rows;
+    rf_text_pass pass = rf_text_pass_default();
+    pass.num_rows = c->rows;
+    pass.rows = s->prompt_positions + c->begin;
+    pass.tokens = tokens;
+    pass.visible_end = &end;
+    pass.mask = c->rows > 1 ? RF_MASK_CAUSAL : RF_MASK_NONE;
+    rf_text_rows rows = {.num_rows = pass.num_rows, .rows = pass.rows, .tokens = pass.tokens};
+    *run = rf_text_make_run(s->stage, &pass, &rows);
+    return rf_text_upload(run, &pass, &rows, err);
+}
+
+/* Unturned keys of the layer, and unturned queries. */
+static rf_status keep_unturned(rf_kv_session *s, const rf_text_run *run, int layer, rf_error *err) {
+    const rf_text_session *stage = s->stage;
+    const rf_text_model *model = s->model;
+    const rf_text_desc *d = &model->desc;
+    rf_qkv_rope_args args = {.qkv = stage->b.wide,
+                             .q_out = s->q_raw,
+                             .k = s->k_raw_plane,
+                             .v = rf_text_values(stage, layer),
+                             .dtype = model->dtype,
+                             .batch = 1,
+                             .rows = run->shape.rows,
+                             .num_q_heads = d->num_q_heads,
+                             .num_kv_heads = d->num_kv_heads,
+                             .head_dim = d->head_dim,
+                             .cache_rows = stage->cache_rows,
+                             .k_batch_stride = stage->cache_rows * stage->kv_cols,
+                             .k_row_stride = stage->kv_cols,
+                             .positions = rf_text_at(run, run->at.positions),
+                             .q_norm = model->layers[layer].q_norm,
+                             .k_norm = model->layers[layer].k_norm,
+                             .norm_eps = (float)d->norm_eps,
+                             .table = model->rope,
+                             .table_rows = model->rope_positions};
+    return s->ops->qkv_rope(s->stream, &args, err);
+}
+
+/* goes_on: later layers or the head want the rows. */
+static rf_status chunk_layer(rf_kv_session *s, int layer, const chunk *c, const int32_t *tokens, int32_t num,
+                             bool goes_on, rf_error *err) {
+    rf_text_session *stage = s->stage;
+    const rf_text_desc *d = &s->model->desc;
+    const rf_text_layer *w = &s->model->layers[layer];
+    rf_text_run run;
+    RF_TRY(make_run(s, c, tokens, &run, err));
+    if (layer == 0) {
+        rf_embed_args embed = {.table = s->model->embedding,
+                               .ids = rf_text_at(&run, run.at.tokens),
+                               .out = stage->b.x,
+                               .dtype = s->model->dtype,
+                               .out_dtype = stage->options.residual_dtype,
+                               .rows = run.rows,
+                               .cols = d->hidden,
+                               .vocab = d->vocab,
+                               .scale = 1.0f};
+        RF_TRY(s->ops->embed(s->stream, &embed, err));
+    }
+    rf_norm_args norm = rf_text_norm_args(stage, stage->b.x, stage->b.h, run.rows, w->attention_norm);
+    RF_TRY(s->ops->norm(s->stream, &norm, err));
+    RF_TRY(rf_text_linear(&run, stage->b.h, w->qkv, w->qkv_bias, stage->b.wide, run.rows,
+                          stage->q_cols + 2 * stage->kv_cols, d->hidden, err));
+    if (rf_kv_keeps_unturned(s)) RF_TRY(keep_unturned(s, &run, layer, err));
+    RF_TRY(rf_text_qkv_rope(&run, layer, run.shape.rows, rf_text_at(&run, run.at.positions), err));
+    bool measures = rf_kv_measures_rows(s, num, c->begin, c->rows, c->pseudo);
+    if (measures || goes_on) {
+        RF_TRY(rf_text_attend(&run, layer, run.shape.rows, s->lse, err));
+        s->key_layers += ((int64_t)c->begin * c->rows + (int64_t)c->rows * (c->rows + 1) / 2) * s->num_kv_heads;
+    }
+    s->row_layers += c->rows;
+    if (measures || ((s->needs & RF_KV_NEED_EXPECTED) && !c->pseudo)) {
+        RF_TRY(rf_kv_wait(s, err));
+        double began = rf_kv_now_ms();
+        if ((s->needs & RF_KV_NEED_EXPECTED) && !c->pseudo) RF_TRY(rf_kv_measure_queries(s, c->begin, c->rows, err));
+        if (measures) RF_TRY(rf_kv_measure_rows(s, layer, num, c->begin, c->rows, run.shape.rows, c->pseudo, err));
+        RF_TRY(rf_kv_wait(s, err));
+        s->info.score_ms += rf_kv_now_ms() - began;
+    }
+    if (!goes_on) return RF_OK;
+    RF_TRY(rf_text_linear(&run, stage->b.attn, w->out, NULL, stage->b.y, run.rows, d->hidden, stage->q_cols, err));
+    RF_TRY(rf_text_residual(&run, stage->b.x, stage->b.y, stage->b.h, w->ffn_norm, run.rows, NULL, NULL, err));
+    RF_TRY(rf_text_ffn(&run, layer, stage->b.h, run.rows, err));
+    return rf_text_residual(&run, stage->b.x, stage->b.y, stage->b.h, NULL, run.rows, NULL, NULL, err);
+}
+
+/* Kept positions of the layer's planes to their rows of the pool. */
+static rf_status copy_kept(rf_kv_session *s, int layer, int sequence, rf_error *err) {
+    const rf_kv_sequence *q = &s->sequences[sequence];
+    const rf_text_session *stage = s->stage;
+    int64_t stride = s->list_stride, heads = s->num_kv_heads;
+    int32_t *from = s->host_copy, *to = from + heads * stride, *turn = to + heads * stride,
+            *counts = turn + heads * stride;
+    bool delta = s->rule.position == RF_KV_POSITION_DELTA;
+    int32_t most = rf_kv_book_most(q->book, layer);
+    RF_TRY(rf_kv_wait(s, err)); /* the lists of the layer before may be on their way */
+    for (int h = 0; h < s->num_kv_heads; h++) {
+        const rf_kv_head *head = rf_kv_book_head(q->book, layer, h);
+        memcpy(from + h * stride, head->position, (size_t)head->num * sizeof *from);
+        memcpy(to + h * stride, head->row, (size_t)head->num * sizeof *to);
+        /* Heads end together: the newest slot of each stands before the next token. */
+        for (int32_t i = 0; delta && i < head->num; i++)
+            turn[h * stride + i] = most - head->num + i - head->position[i];
+        counts[h] = head->num;
+    }
+    if (delta) q->shift[layer] = most - q->compressed;
+    if (most == 0) return RF_OK;
+    RF_TRY(rf_stream_upload(s->stream, s->copy_lists, s->host_copy,
+                            (size_t)(3 * heads * stride + heads) * sizeof(int32_t), err));
+    const char *k = rf_kv_in_cache_order(s) ? s->k_raw_plane : rf_text_keys(stage, layer);
+    rf_kv_copy_args args = {.source = {.k = k,
+                                       .v = rf_text_values(stage, layer),
+                                       .row_stride = stage->kv_cols,
+                                       .head_stride = s->head_dim,
+                                       .num_keys = q->compressed},
+                            .k_out = s->k_pool,
+                            .v_out = s->v_pool,
+                            .out_row_stride = s->head_dim,
+                            .from = s->copy_lists,
+                            .to = s->copy_lists + heads * stride,
+                            .turn = delta ? s->copy_lists + 2 * heads * stride : NULL,
+                            .counts = s->copy_lists + 3 * heads * stride,
+                            .list_stride = stride,
+                            .num = most,
+                            .table = s->model->rope,
+                            .pairs = s->head_dim / 2,
+                            .num_kv_heads = s->num_kv_heads,
+                            .head_dim = s->head_dim,
+                            .dtype = s->model->dtype};
+    return s->ops->kv_copy(s->stream, &args, err);
+}
+
+static rf_status choose(rf_kv_session *s, int layer, int sequence, int32_t num, rf_error *err) {
+    RF_TRY(rf_kv_wait(s, err));
+    double began = rf_kv_now_ms();
+    rf_kv_stats stats;
+    RF_TRY(rf_kv_measure_layer(s, layer, num, &stats, err));
+    RF_TRY(rf_kv_book_prefill(s->sequences[sequence].book, layer, num, &stats, err));
+    RF_TRY(rf_kv_join_prompt(s, layer, sequence, num, err));
+    RF_TRY(copy_kept(s, layer, sequence, err));
+    RF_TRY(rf_kv_wait(s, err));
+    s->info.score_ms += rf_kv_now_ms() - began;
+    return RF_OK;
+}
+
+static rf_status run_layers(rf_kv_session *s, int sequence, const int32_t *tokens, int32_t num, bool want_head,
+                            rf_error *err) {
+    void *x = s->stage->b.x;
+    int32_t size = s->options.prefill_chunk;
+    rf_status st = rf_kv_measure_begin(s, &s->sequences[sequence], err);
+    for (int l = 0; st == RF_OK && l < s->num_layers; l++) {
+        st = rf_kv_measure_layer_begin(s, err);
+        bool last_layer = l + 1 == s->num_layers;
+        for (int32_t begin = 0; st == RF_OK && begin < num; begin += size) {
+            chunk c = {.begin = begin, .rows = num - begin < size ? num - begin : size};
+            s->stage->b.x = chunk_x(s, &c);
+            st = chunk_layer(s, l, &c, tokens + begin, num, !last_layer || (want_head && begin + c.rows == num), err);
+        }
+        if (st == RF_OK && s->extra_rows > 0 && s->needs) {
+            /* Any content does: the last tokens again. */
+            int32_t *pseudo = s->host_copy;
+            for (int32_t i = 0; l == 0 && i < s->extra_rows; i++) {
+                int32_t from = num - s->extra_rows + i;
+                pseudo[i] = tokens[from < 0 ? 0 : from];
+            }
+            chunk c = {.begin = num, .rows = s->extra_rows, .pseudo = true};
+            s->stage->b.x = chunk_x(s, &c);
+            /* only the first layer reads tokens; later the lists are used otherwise */
+            st = chunk_layer(s, l, &c, l == 0 ? pseudo : tokens, num, !last_layer, err);
+        }
+        if (st == RF_OK) st = choose(s, l, sequence, num, err);
+    }
+    s->stage->b.x = x;
+    return st;
+}
+
+rf_status rf_kv_prefill(rf_kv_session *s, int sequence, const int32_t *tokens, int32_t num, bool want_head,
+                        rf_error *err) {
+    rf_phase phase = rf_stream_get_phase(s->stream);
+    rf_stream_set_phase(s->stream, RF_PHASE_PLAN); /* chunks of any length */
+    rf_status st = run_layers(s, sequence, tokens, num, want_head, err);
+    if (st == RF_OK && want_head) {
+        s->host_control[s->at.keys + (size_t)sequence] = num;
+        s->host_control[s->at.steps + (size_t)sequence] = 0;
+        st = rf_stream_upload(s->stream, s->control, s->host_control, s->at.words * sizeof(int32_t), err);
+        chunk last = {.begin = num - 1};
+        if (st == RF_OK) st = rf_kv_queue_head(s, chunk_x(s, &last), sequence, 1, err);
+    }
+    if (st == RF_OK) st = rf_kv_wait(s, err);
+    rf_stream_set_phase(s->stream, phase);
+    return st;
+}

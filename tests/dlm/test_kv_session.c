@@ -1,0 +1,686 @@
+/* tests/dlm/test_kv_session.c - a cache under a budget: a full budget is the plain cache bit for bit, what stays and what
+ * is decoded are those of a plain statement of the rules (below, in double, one row after the other), a batch is its
+ * sequences, memory stays, and wrong calls are refused. */
+#include <math.h>
+
+#include "core/memory.h"
+#include "core/rng.h"
+#include "dlm/decode.h"
+#include "dlm/kv_internal.h"
+#include "tests/test_util.h"
+
+enum { LAYERS = 3, HIDDEN = 64, VOCAB = 300, Q_HEADS = 4, KV_HEADS = 2, GROUP = 2, MOST = 160, MAX_DIM = 32 };
+
+typedef struct {
+    rf_backend *backend;
+    rf_text_model *model;
+    rf_error err;
+} fixture;
+
+static fixture open_model(const char *name) {
+    fixture f = {0};
+    char dir[512];
+    snprintf(dir, sizeof dir, "%s/%s", RF_FIXTURE_DIR, name);
+    rf_assert_ok(rf_backend_open(&f.backend, "cpu", 1, &f.err), f.err);
+    rf_assert_ok(rf_text_model_load(&f.model, f.backend, dir, RF_DTYPE_F32, &f.err), f.err);
+    const rf_text_desc *d = &f.model->desc;
+    ck_assert(d->num_layers == LAYERS && d->hidden == HIDDEN && d->vocab == VOCAB && d->num_q_heads == Q_HEADS &&
+              d->num_kv_heads == KV_HEADS && d->head_dim <= MAX_DIM);
+    return f;
+}
+
+static void close_model(fixture *f) {
+    rf_text_model_close(f->model);
+    rf_backend_close(f->backend);
+}
+
+static void draw_tokens(int32_t *out, int32_t num, uint32_t key) {
+    for (int32_t i = 0; i < num; i++) {
+        uint32_t counter[4] = {(uint32_t)i, key, 0, 0}, seed[2] = {11, 0}, words[4];
+        rf_philox4x32(counter, seed, words);
+        out[i] = (int32_t)(words[0] % 288);
+    }
+}
+
+static rf_kv_rule rule_of(fixture *f, const char *name) {
+    rf_kv_rule rule;
+    rf_assert_ok(rf_kv_rule_parse(&rule, name, &f->err), f->err);
+    return rule;
+}
+
+static rf_kv_session_options options_of(const rf_kv_rule *rule, int32_t budget, int batch, int32_t prompt,
+                                        int32_t more) {
+    rf_kv_session_options o = rf_kv_session_options_default();
+    o.rule = *rule;
+    o.budget = budget;
+    o.batch = batch;
+    o.max_prompt = prompt;
+    o.max_new = more;
+    o.prefill_chunk = 16;
+    return o;
+}
+
+static rf_kv_session *open_session(fixture *f, const rf_kv_session_options *o, bool on_device) {
+    rf_kv_session *s = NULL;
+    rf_assert_ok(rf_kv_session_create_as(&s, f->model, o, on_device, &f->err), f->err);
+    if (on_device) ck_assert(s->on_device);
+    rf_kv_draw draw = {.keep_logits = true};
+    rf_assert_ok(rf_kv_session_set_draw(s, &draw, &f->err), f->err);
+    return s;
+}
+
+/* --- a full budget ------------------------------------------------------------------------------------------------------ */
+
+/* Logits [num][VOCAB] of the plain session: a prompt in chunks of 16, then its greedy tokens one by one. */
+static void run_plain(fixture *f, const int32_t *prompt, int32_t len, int32_t num, float *logits, int32_t *out) {
+    rf_text_session_options o = rf_text_session_options_default();
+    o.capacity = len + num;
+    o.max_rows = 16;
+    rf_text_session *s = NULL;
+    rf_assert_ok(rf_text_session_create(&s, f->model, &o, &f->err), f->err);
+    int32_t positions[16], tokens[MOST];
+    memcpy(tokens, prompt, (size_t)len * sizeof *tokens);
+    int32_t made = 0;
+    for (int32_t begin = 0; made < num;) {
+        int32_t end = begin < len ? (begin + 16 < len ? begin + 16 : len) : begin + 1, last = end - begin - 1;
+        for (int32_t i = begin; i < end; i++) positions[i - begin] = i;
+        rf_text_pass p = rf_text_pass_default();
+        p.num_rows = end - begin;
+        p.rows = positions;
+        p.tokens = tokens + begin;
+        p.visible_end = &end;
+        p.mask = end - begin > 1 ? RF_MASK_CAUSAL : RF_MASK_NONE;
+        p.num_head_rows = end >= len;
+        p.head_rows = &last;
+        p.keep_logits = end >= len;
+        rf_assert_ok(rf_text_session_forward(s, &p, &f->err), f->err);
+        if (end >= len) {
+            rf_token_stats stats;
+            rf_assert_ok(rf_text_session_read_logits(s, 0, logits + (int64_t)made * VOCAB, &f->err), f->err);
+            rf_assert_ok(rf_text_session_read_stats(s, &stats, &f->err), f->err);
+            tokens[end] = out[made++] = stats.id;
+        }
+        begin = end;
+    }
+    rf_text_session_destroy(s);
+}
+
+static const struct {
+    const char *model, *rule;
+    bool on_device;
+} full_cases[] = {
+    {"text-llama", "none", false},    {"text-qwen3", "none", false},    {"text-qwen2", "snapkv", false},
+    {"text-llama", "snapkv", false},  {"text-llama", "h2o", false},     {"text-llama", "h2o", true},
+    {"text-llama", "tova", true},     {"text-llama", "cake", false},    {"text-llama", "adakv", false},
+    {"text-llama", "keydiff", false}, {"text-llama", "obcache", false},
+};
+
+START_TEST(a_full_budget_is_the_plain_cache) {
+    enum { LEN = 45, NUM = 20 };
+    fixture f = open_model(full_cases[_i].model);
+    int32_t prompt[LEN], want[NUM];
+    static float logits[NUM * VOCAB], got[VOCAB];
+    draw_tokens(prompt, LEN, 1);
+    run_plain(&f, prompt, LEN, NUM, logits, want);
+    rf_kv_rule rule = rule_of(&f, full_cases[_i].rule);
+    rf_kv_session_options o = options_of(&rule, 0, 1, LEN + 2, NUM);
+    rf_kv_session *s = open_session(&f, &o, full_cases[_i].on_device);
+    rf_assert_ok(rf_kv_session_prefill(s, 0, prompt, LEN, 0, 0, 0.0, &f.err), f.err);
+    for (int32_t i = 0; i < NUM; i++) {
+        rf_token_stats stats;
+        rf_assert_ok(rf_kv_session_read_logits(s, 0, got, &f.err), f.err);
+        rf_assert_ok(rf_kv_session_read_stats(s, &stats, &f.err), f.err);
+        ck_assert_msg(memcmp(got, logits + (int64_t)i * VOCAB, sizeof got) == 0, "token %d", i);
+        ck_assert_int_eq(stats.id, want[i]);
+        if (i + 1 < NUM) rf_assert_ok(rf_kv_session_step(s, &stats.id, &f.err), f.err);
+    }
+    rf_kv_session_info info = rf_kv_session_get_info(s);
+    ck_assert_int_eq(info.kept_slots, info.full_slots);
+    ck_assert_int_eq(info.full_slots, (int64_t)(LEN + NUM - 1) * LAYERS * KV_HEADS);
+    rf_kv_session_destroy(s);
+    close_model(&f);
+}
+END_TEST
+
+/* The same through the decoder, with a temperature: draws are those of the plain decoder. */
+START_TEST(a_decoder_with_a_full_budget_draws_the_same) {
+    enum { LEN = 30, NUM = 24 };
+    fixture f = open_model("text-llama");
+    int32_t prompt[LEN], want[NUM];
+    draw_tokens(prompt, LEN, 2);
+    rf_kv_rule rule = rule_of(&f, "h2o");
+    for (int kv = 0; kv < 2; kv++) {
+        rf_decode_options o = rf_decode_options_default(f.model);
+        o.max_new = NUM;
+        o.temperature = 0.8;
+        o.seed = 5;
+        o.ignore_eos = true;
+        o.prefill_chunk = 16;
+        o.kv = kv ? &rule : NULL;
+        rf_decoder *d = NULL;
+        rf_decode_result r;
+        rf_assert_ok(rf_decoder_create(&d, f.model, &o, LEN + NUM, &f.err), f.err);
+        rf_assert_ok(rf_decoder_run(d, &o, prompt, LEN, NULL, NULL, &r, &f.err), f.err);
+        ck_assert_int_eq(r.num_tokens, NUM);
+        if (kv == 0) memcpy(want, r.tokens, sizeof want);
+        ck_assert(memcmp(want, r.tokens, sizeof want) == 0);
+        ck_assert_int_eq(r.num_forwards, kv ? NUM : NUM - 1 + 2);
+        ck_assert((rf_decoder_kv(d) != NULL) == (kv == 1));
+        ck_assert((r.kv_full_bytes > 0) == (kv == 1));
+        rf_decoder_destroy(d);
+    }
+    close_model(&f);
+}
+END_TEST
+
+/* --- the plain statement -------------------------------------------------------------------------------------------------- */
+
+typedef enum { SNAP, ALL_SUM, LAST, SINKS } plain_kind;
+
+typedef struct {
+    int num;
+    int id[MOST];       /* true positions, ascending */
+    int place[MOST];    /* DELTA: where the key is turned to */
+    double score[MOST]; /* ALL_SUM */
+} plain_slots;
+
+typedef struct {
+    const rf_text_model *m;
+    const rf_kv_rule *rule;
+    plain_kind kind;
+    int budget, len, dim, shift[LAYERS];
+    double k[LAYERS][KV_HEADS][MOST][MAX_DIM], v[LAYERS][KV_HEADS][MOST][MAX_DIM]; /* unturned, by true position */
+    plain_slots slots[LAYERS][KV_HEADS];
+    double x[MOST][HIDDEN], logits[VOCAB];
+} plain;
+
+static void plain_norm(double *y, const double *x, const float *w, double eps) {
+    double sum = 0;
+    for (int c = 0; c < HIDDEN; c++) sum += x[c] * x[c];
+    for (int c = 0; c < HIDDEN; c++) y[c] = x[c] / sqrt(sum / HIDDEN + eps) * (double)w[c];
+}
+
+static void plain_linear(double *y, const double *x, const void *w, int n, int k) {
+    for (int o = 0; o < n; o++) {
+        y[o] = 0;
+        for (int c = 0; c < k; c++) y[o] += x[c] * (double)((const float *)w)[o * k + c];
+    }
+}
+
+static void plain_turn(const plain *p, double *out, const double *in, int position) {
+    int half = p->dim / 2;
+    for (int c = 0; c < half; c++) {
+        double cosine = (double)p->m->rope[(position * half + c) * 2],
+               sine = (double)p->m->rope[(position * half + c) * 2 + 1];
+        out[c] = in[c] * cosine - in[c + half] * sine;
+        out[c + half] = in[c + half] * cosine + in[c] * sine;
+    }
+}
+
+static double plain_dot(const double *a, const double *b, int n) {
+    double sum = 0;
+    for (int c = 0; c < n; c++) sum += a[c] * b[c];
+    return sum;
+}
+
+/* Queries of a row [Q_HEADS][dim] unturned; its keys and values are kept by position. */
+static void plain_qkv(plain *p, int l, int position, const double *x, double q[Q_HEADS][MAX_DIM]) {
+    double h[HIDDEN], qkv[(Q_HEADS + 2 * KV_HEADS) * MAX_DIM];
+    plain_norm(h, x, p->m->layers[l].attention_norm, p->m->desc.norm_eps);
+    plain_linear(qkv, h, p->m->layers[l].qkv, (Q_HEADS + 2 * KV_HEADS) * p->dim, HIDDEN);
+    size_t bytes = (size_t)p->dim * sizeof(double);
+    for (int i = 0; i < Q_HEADS; i++) memcpy(q[i], qkv + i * p->dim, bytes);
+    for (int i = 0; i < KV_HEADS; i++) memcpy(p->k[l][i][position], qkv + (Q_HEADS + i) * p->dim, bytes);
+    for (int i = 0; i < KV_HEADS; i++) memcpy(p->v[l][i][position], qkv + (Q_HEADS + KV_HEADS + i) * p->dim, bytes);
+}
+
+/* Probabilities of turned queries over turned keys, and the output of the head. */
+static void plain_attend(const plain *p, const double *q, double keys[MOST][MAX_DIM], const double (*v)[MAX_DIM],
+                         const int *ids, int num, double *prob, double *out) {
+    double top = -INFINITY, sum = 0;
+    for (int j = 0; j < num; j++) {
+        prob[j] = plain_dot(q, keys[j], p->dim) / sqrt(p->dim);
+        top = prob[j] > top ? prob[j] : top;
+    }
+    for (int j = 0; j < num; j++) sum += prob[j] = exp(prob[j] - top);
+    memset(out, 0, (size_t)p->dim * sizeof *out);
+    for (int j = 0; j < num; j++) {
+        prob[j] /= sum;
+        for (int c = 0; c < p->dim; c++) out[c] += prob[j] * v[ids[j]][c];
+    }
+}
+
+static void plain_rest(plain *p, int l, double *x, const double *attn) {
+    const rf_text_layer *w = &p->m->layers[l];
+    int ffn = (int)p->m->desc.ffn;
+    static double y[HIDDEN], h[HIDDEN], wide[8 * HIDDEN], act[4 * HIDDEN];
+    plain_linear(y, attn, w->out, HIDDEN, Q_HEADS * p->dim);
+    for (int c = 0; c < HIDDEN; c++) x[c] += y[c];
+    plain_norm(h, x, w->ffn_norm, p->m->desc.norm_eps);
+    plain_linear(wide, h, w->gate_up, 2 * ffn, HIDDEN);
+    for (int c = 0; c < ffn; c++) act[c] = wide[2 * c] / (1 + exp(-wide[2 * c])) * wide[2 * c + 1];
+    plain_linear(y, act, w->down, HIDDEN, ffn);
+    for (int c = 0; c < HIDDEN; c++) x[c] += y[c];
+}
+
+static void plain_head(plain *p, const double *x) {
+    double h[HIDDEN];
+    plain_norm(h, x, p->m->final_norm, p->m->desc.norm_eps);
+    plain_linear(p->logits, h, p->m->head, VOCAB, HIDDEN);
+}
+
+static void drop_slot(plain_slots *s, int j) {
+    for (s->num--; j < s->num; j++) {
+        s->id[j] = s->id[j + 1];
+        s->place[j] = s->place[j + 1];
+        s->score[j] = s->score[j + 1];
+    }
+}
+
+/* Slots protected in front and at the end. */
+static void plain_protected(const plain *p, int *front, int *back) {
+    *front = p->kind == SINKS ? p->rule->sinks : 0;
+    *back = p->kind == SNAP      ? p->rule->window
+            : p->kind == ALL_SUM ? p->budget / 2
+            : p->kind == SINKS   ? p->budget - *front
+                                 : 0;
+}
+
+static void plain_evict(plain *p, plain_slots *s, const double *score) {
+    double values[MOST];
+    memcpy(values, score, (size_t)s->num * sizeof *values);
+    int front, back;
+    plain_protected(p, &front, &back);
+    while (s->num > p->budget) {
+        int worst = -1;
+        for (int j = front; j < s->num - back; j++)
+            if (worst < 0 || (p->kind != SINKS && values[j] < values[worst])) worst = j;
+        memmove(values + worst, values + worst + 1, (size_t)(s->num - worst - 1) * sizeof *values);
+        drop_slot(s, worst);
+    }
+}
+
+static void plain_prompt(plain *p, const int32_t *tokens) {
+    static double q[MOST][Q_HEADS][MAX_DIM], keys[MOST][MAX_DIM], prob[MOST], sums[Q_HEADS][MOST],
+        attn[MOST][Q_HEADS * MAX_DIM];
+    int ids[MOST];
+    for (int i = 0; i < p->len; i++) {
+        ids[i] = i;
+        for (int c = 0; c < HIDDEN; c++) p->x[i][c] = (double)((const float *)p->m->embedding)[tokens[i] * HIDDEN + c];
+    }
+    for (int l = 0; l < LAYERS; l++) {
+        memset(sums, 0, sizeof sums);
+        for (int i = 0; i < p->len; i++) plain_qkv(p, l, i, p->x[i], q[i]);
+        for (int h = 0; h < Q_HEADS; h++) {
+            for (int i = 0; i < p->len; i++) plain_turn(p, keys[i], p->k[l][h / GROUP][i], i);
+            for (int i = 0; i < p->len; i++) {
+                double turned[MAX_DIM];
+                plain_turn(p, turned, q[i][h], i);
+                plain_attend(p, turned, keys, (const double(*)[MAX_DIM])p->v[l][h / GROUP], ids, i + 1, prob,
+                             attn[i] + h * p->dim);
+                int first = p->kind == SNAP ? p->len - p->rule->window : p->kind == LAST ? p->len - 1 : 0;
+                for (int j = 0; i >= first && j <= i; j++) sums[h][j] += prob[j];
+            }
+        }
+        for (int i = 0; i < p->len; i++) plain_rest(p, l, p->x[i], attn[i]);
+        int most = p->len < p->budget ? p->len : p->budget;
+        p->shift[l] = most - p->len;
+        for (int h = 0; h < KV_HEADS; h++) {
+            plain_slots *s = &p->slots[l][h];
+            double score[MOST] = {0};
+            int from = p->kind == LAST ? 0 : h * GROUP, to = p->kind == LAST ? Q_HEADS : from + GROUP;
+            for (int j = 0; j < p->len; j++)
+                for (int g = from; g < to; g++) {
+                    int pool = p->kind == SNAP ? 2 : 0, end = p->kind == SNAP ? p->len - p->rule->window : p->len;
+                    for (int o = j - pool; o <= j + pool; o++)
+                        if (o >= 0 && o < end && j < end) score[j] += sums[g][o] / (2 * pool + 1) / (to - from);
+                }
+            s->num = p->len;
+            for (int j = 0; j < p->len; j++) s->id[j] = j;
+            memcpy(s->score, score, sizeof score);
+            plain_evict(p, s, score);
+            for (int j = 0; j < s->num; j++) s->place[j] = most - s->num + j;
+        }
+    }
+    plain_head(p, p->x[p->len - 1]);
+}
+
+static void plain_step(plain *p, int32_t token, int position) {
+    static double keys[MOST][MAX_DIM], prob[Q_HEADS][MOST];
+    double x[HIDDEN], q[Q_HEADS][MAX_DIM], attn[Q_HEADS * MAX_DIM];
+    for (int c = 0; c < HIDDEN; c++) x[c] = (double)((const float *)p->m->embedding)[token * HIDDEN + c];
+    for (int l = 0; l < LAYERS; l++) {
+        plain_qkv(p, l, position, x, q);
+        for (int h = 0; h < KV_HEADS; h++) {
+            plain_slots *s = &p->slots[l][h];
+            s->id[s->num] = position;
+            s->place[s->num] = position + p->shift[l];
+            s->score[s->num++] = 0;
+            int at = position;
+            for (int j = 0; j < s->num; j++) {
+                int place = p->rule->position == RF_KV_POSITION_CACHE   ? j
+                            : p->rule->position == RF_KV_POSITION_DELTA ? s->place[j]
+                                                                        : s->id[j];
+                plain_turn(p, keys[j], p->k[l][h][s->id[j]], place);
+                at = place;
+            }
+            for (int g = 0; g < GROUP; g++) {
+                int head = h * GROUP + g;
+                double turned[MAX_DIM];
+                plain_turn(p, turned, q[head], at);
+                plain_attend(p, turned, keys, (const double(*)[MAX_DIM])p->v[l][h], s->id, s->num, prob[head],
+                             attn + head * p->dim);
+            }
+        }
+        for (int h = 0; h < KV_HEADS && p->kind != SNAP; h++) {
+            plain_slots *s = &p->slots[l][h];
+            double score[MOST] = {0};
+            int from = p->kind == LAST ? 0 : h * GROUP, to = p->kind == LAST ? Q_HEADS : from + GROUP;
+            for (int j = 0; j < s->num; j++) {
+                for (int g = from; g < to; g++) score[j] += prob[g][j] / (to - from);
+                if (p->kind == ALL_SUM) score[j] = s->score[j] += score[j];
+            }
+            plain_evict(p, s, score);
+        }
+        plain_rest(p, l, x, attn);
+    }
+    plain_head(p, x);
+}
+
+static const struct {
+    plain_kind kind;
+    const char *name;
+    rf_kv_position position;
+    bool on_device;
+} plain_cases[] = {
+    {SNAP, "snapkv", RF_KV_POSITION_ORIGINAL, false},     {SNAP, "snapkv", RF_KV_POSITION_CACHE, false},
+    {SNAP, "snapkv", RF_KV_POSITION_DELTA, false},        {ALL_SUM, "h2o", RF_KV_POSITION_ORIGINAL, false},
+    {ALL_SUM, "h2o", RF_KV_POSITION_ORIGINAL, true},      {LAST, "tova", RF_KV_POSITION_ORIGINAL, false},
+    {LAST, "tova", RF_KV_POSITION_ORIGINAL, true},        {SINKS, "streaming", RF_KV_POSITION_CACHE, false},
+    {SINKS, "streaming", RF_KV_POSITION_ORIGINAL, false}, {SINKS, "streaming", RF_KV_POSITION_ORIGINAL, true},
+};
+
+static rf_kv_rule plain_rule(fixture *f, int i) {
+    rf_kv_rule r = rule_of(f, plain_cases[i].name);
+    r.position = plain_cases[i].position;
+    if (plain_cases[i].kind == SNAP) {
+        r.window = 8;
+        r.pool = RF_KV_POOL_AVG;
+        r.pool_size = 5;
+        r.pool_after_group = false;
+        r.group = RF_KV_OVER_MEAN;
+        r.reduce = RF_KV_REDUCE_SUM;
+        r.sinks = r.recents = 0;
+    } else if (plain_cases[i].kind == ALL_SUM) {
+        r.reduce = RF_KV_REDUCE_SUM;
+        r.sinks = 0;
+        r.recents = -1;
+        r.last = false;
+    } else if (plain_cases[i].kind == LAST) {
+        r.sinks = r.recents = 0;
+        r.last = false;
+    } else {
+        r.sinks = 4;
+    }
+    return r;
+}
+
+START_TEST(what_stays_and_what_follows_are_those_of_the_rule) {
+    enum { LEN = 50, NUM = 25, BUDGET = 24 };
+    fixture f = open_model("text-llama");
+    rf_kv_rule rule = plain_rule(&f, _i);
+    int32_t prompt[LEN], got[LEN + NUM], num;
+    draw_tokens(prompt, LEN, 3);
+    plain *p = rf_alloc_zero(1, sizeof *p);
+    ck_assert_ptr_nonnull(p);
+    p->m = f.model;
+    p->rule = &rule;
+    p->kind = plain_cases[_i].kind;
+    p->budget = BUDGET;
+    p->len = LEN;
+    p->dim = (int)f.model->desc.head_dim;
+    rf_kv_session_options o = options_of(&rule, BUDGET, 1, LEN, NUM);
+    rf_kv_session *s = open_session(&f, &o, plain_cases[_i].on_device);
+    rf_assert_ok(rf_kv_session_prefill(s, 0, prompt, LEN, 0, 0, 0.0, &f.err), f.err);
+    plain_prompt(p, prompt);
+    for (int32_t i = 0; i < NUM; i++) {
+        for (int l = 0; l < LAYERS; l++)
+            for (int h = 0; h < KV_HEADS; h++) {
+                const plain_slots *want = &p->slots[l][h];
+                rf_assert_ok(rf_kv_session_read_positions(s, 0, l, h, got, &num, &f.err), f.err);
+                ck_assert_int_eq(num, want->num);
+                for (int j = 0; j < num; j++)
+                    ck_assert_msg(got[j] == want->id[j], "token %d, layer %d, head %d, slot %d: %d, expected %d", i, l,
+                                  h, j, got[j], want->id[j]);
+            }
+        float logits[VOCAB], want[VOCAB];
+        rf_token_stats stats;
+        rf_assert_ok(rf_kv_session_read_logits(s, 0, logits, &f.err), f.err);
+        rf_assert_ok(rf_kv_session_read_stats(s, &stats, &f.err), f.err);
+        for (int v = 0; v < VOCAB; v++) want[v] = (float)p->logits[v];
+        rf_assert_close(logits, want, VOCAB, 1e-3, 1e-5);
+        rf_assert_ok(rf_kv_session_step(s, &stats.id, &f.err), f.err);
+        plain_step(p, stats.id, LEN + i);
+    }
+    rf_kv_session_destroy(s);
+    rf_free(p);
+    close_model(&f);
+}
+END_TEST
+
+/* --- batches ---------------------------------------------------------------------------------------------------------------- */
+
+static const struct {
+    const char *name;
+    bool on_device;
+} batch_cases[] = {{"snapkv", false}, {"h2o", false},       {"h2o", true},
+                   {"adakv", false},  {"streaming", false}, {"cake", false}};
+
+/* Prompts of three lengths, each with its own budget; the second rests now and then. */
+START_TEST(a_batch_is_its_sequences) {
+    enum { BATCH = 3, LEN = 60, NUM = 16, BUDGET = 40 };
+    static const int32_t lens[BATCH] = {41, 60, 27}, budgets[BATCH] = {36, 40, 38};
+    fixture f = open_model("text-llama");
+    rf_kv_rule rule = rule_of(&f, batch_cases[_i].name);
+    int32_t prompts[BATCH][LEN], next[BATCH], got[LEN + NUM], want[LEN + NUM], num, want_num;
+    rf_kv_session_options o = options_of(&rule, BUDGET, 1, LEN, NUM);
+    rf_kv_session *single[BATCH];
+    o.batch = BATCH;
+    rf_kv_session *all = open_session(&f, &o, batch_cases[_i].on_device);
+    o.batch = 1;
+    rf_token_stats stats[BATCH], one;
+    for (int b = 0; b < BATCH; b++) {
+        draw_tokens(prompts[b], lens[b], (uint32_t)(10 + b));
+        single[b] = open_session(&f, &o, batch_cases[_i].on_device);
+        rf_assert_ok(rf_kv_session_prefill(single[b], 0, prompts[b], lens[b], 0, budgets[b], 0.0, &f.err), f.err);
+        rf_assert_ok(rf_kv_session_prefill(all, b, prompts[b], lens[b], 0, budgets[b], 0.0, &f.err), f.err);
+        rf_assert_ok(rf_kv_session_read_stats(all, &one, &f.err), f.err);
+        next[b] = one.id;
+    }
+    for (int i = 0; i < NUM; i++) {
+        int32_t tokens[BATCH];
+        for (int b = 0; b < BATCH; b++) tokens[b] = b == 1 && i % 5 == 2 ? -1 : next[b];
+        rf_assert_ok(rf_kv_session_step(all, tokens, &f.err), f.err);
+        rf_assert_ok(rf_kv_session_read_stats(all, stats, &f.err), f.err);
+        for (int b = 0; b < BATCH; b++) {
+            float logits[2][VOCAB];
+            if (tokens[b] == -1) continue;
+            rf_assert_ok(rf_kv_session_step(single[b], &tokens[b], &f.err), f.err);
+            rf_assert_ok(rf_kv_session_read_logits(single[b], 0, logits[0], &f.err), f.err);
+            rf_assert_ok(rf_kv_session_read_logits(all, b, logits[1], &f.err), f.err);
+            ck_assert_msg(memcmp(logits[0], logits[1], sizeof *logits) == 0, "token %d of sequence %d", i, b);
+            next[b] = stats[b].id;
+        }
+    }
+    for (int b = 0; b < BATCH; b++)
+        for (int l = 0; l < LAYERS; l++)
+            for (int h = 0; h < KV_HEADS; h++) {
+                rf_assert_ok(rf_kv_session_read_positions(all, b, l, h, got, &num, &f.err), f.err);
+                rf_assert_ok(rf_kv_session_read_positions(single[b], 0, l, h, want, &want_num, &f.err), f.err);
+                ck_assert_int_eq(num, want_num);
+                ck_assert(memcmp(got, want, (size_t)num * sizeof *got) == 0);
+            }
+    for (int b = 0; b < BATCH; b++) rf_kv_session_destroy(single[b]);
+    rf_kv_session_destroy(all);
+    close_model(&f);
+}
+END_TEST
+
+/* --- the rest ---------------------------------------------------------------------------------------------------------------- */
+
+/* Question-agnostic: what stays of the context does not depend on what follows, and the rest follows whole. */
+START_TEST(a_context_is_compressed_as_if_nothing_followed) {
+    enum { LEN = 60, CONTEXT = 44, BUDGET = 20 };
+    fixture f = open_model("text-llama");
+    rf_kv_rule rule = rule_of(&f, "snapkv");
+    rule.window = 8;
+    int32_t prompt[LEN], got[LEN + 8], want[LEN + 8], num, want_num;
+    draw_tokens(prompt, LEN, 4);
+    rf_kv_session_options o = options_of(&rule, BUDGET, 1, CONTEXT, LEN);
+    rf_kv_session *s = open_session(&f, &o, false), *context = open_session(&f, &o, false);
+    rf_assert_ok(rf_kv_session_prefill(s, 0, prompt, LEN, CONTEXT, 0, 0.0, &f.err), f.err);
+    rf_assert_ok(rf_kv_session_prefill(context, 0, prompt, CONTEXT, 0, 0, 0.0, &f.err), f.err);
+    for (int32_t i = CONTEXT; i < LEN; i++) rf_assert_ok(rf_kv_session_step(context, prompt + i, &f.err), f.err);
+    float logits[2][VOCAB];
+    rf_assert_ok(rf_kv_session_read_logits(s, 0, logits[0], &f.err), f.err);
+    rf_assert_ok(rf_kv_session_read_logits(context, 0, logits[1], &f.err), f.err);
+    ck_assert(memcmp(logits[0], logits[1], sizeof *logits) == 0);
+    for (int l = 0; l < LAYERS; l++) {
+        rf_assert_ok(rf_kv_session_read_positions(s, 0, l, 1, got, &num, &f.err), f.err);
+        rf_assert_ok(rf_kv_session_read_positions(context, 0, l, 1, want, &want_num, &f.err), f.err);
+        ck_assert_int_eq(num, BUDGET + LEN - CONTEXT);
+        ck_assert(num == want_num && memcmp(got, want, (size_t)num * sizeof *got) == 0);
+        for (int32_t i = 0; i < LEN - CONTEXT; i++) ck_assert_int_eq(got[BUDGET + i], CONTEXT + i);
+    }
+    rf_kv_session_destroy(s);
+    rf_kv_session_destroy(context);
+    close_model(&f);
+}
+END_TEST
+
+/* Far past the model's 512 positions and the pool's rows. */
+START_TEST(memory_stays_over_a_long_generation) {
+    enum { LEN = 40, NUM = 3000, BUDGET = 32 };
+    fixture f = open_model("text-llama");
+    rf_kv_rule rule = rule_of(&f, "streaming");
+    rule.position = RF_KV_POSITION_CACHE;
+    int32_t prompt[LEN], got[LEN + 8], num;
+    draw_tokens(prompt, LEN, 5);
+    rf_kv_session_options o = options_of(&rule, BUDGET, 1, LEN, NUM);
+    rf_kv_session *s = open_session(&f, &o, false);
+    rf_assert_ok(rf_kv_session_prefill(s, 0, prompt, LEN, 0, 0, 0.0, &f.err), f.err);
+    rf_kv_session_info first = rf_kv_session_get_info(s), info;
+    uint64_t live = 0;
+    for (int i = 0; i < NUM; i++) {
+        int32_t token = prompt[i % LEN];
+        if (i == 10) live = rf_memory_get_counts().num_live;
+        rf_assert_ok(rf_kv_session_step(s, &token, &f.err), f.err);
+    }
+    info = rf_kv_session_get_info(s);
+    ck_assert_uint_eq(rf_memory_get_counts().num_live, live);
+    ck_assert_uint_eq(info.pool_bytes, first.pool_bytes);
+    ck_assert_uint_eq(info.arena_bytes, first.arena_bytes);
+    ck_assert_uint_eq(info.kept_bytes, first.kept_bytes);
+    ck_assert_int_eq(info.kept_slots, (int64_t)BUDGET * LAYERS * KV_HEADS);
+    ck_assert_int_eq(info.full_slots, (int64_t)(LEN + NUM) * LAYERS * KV_HEADS);
+    ck_assert_int_eq(info.num_passes, NUM);
+    size_t row = 2 * (size_t)f.model->desc.head_dim * sizeof(float);
+    ck_assert_uint_le(info.pool_bytes, (size_t)(BUDGET + 2) * LAYERS * KV_HEADS * row);
+    rf_assert_ok(rf_kv_session_read_positions(s, 0, 2, 1, got, &num, &f.err), f.err);
+    ck_assert_int_eq(num, BUDGET);
+    ck_assert_int_eq(got[0], 0);
+    ck_assert_int_eq(got[BUDGET - 1], LEN + NUM - 1);
+    int32_t token = 3;
+    rf_assert_fails(rf_kv_session_step(s, &token, &f.err), f.err, RF_ERR_STATE, "used up");
+    rf_kv_session_destroy(s);
+    close_model(&f);
+}
+END_TEST
+
+START_TEST(wrong_calls_are_refused_in_one_line) {
+    fixture f = open_model("text-llama"), diffusion = {0};
+    rf_kv_rule rule = rule_of(&f, "snapkv");
+    rf_kv_session_options o = options_of(&rule, 16, 2, 32, 4);
+    rf_kv_session *s = NULL;
+    o.max_prompt = 1000;
+    rf_assert_fails(rf_kv_session_create(&s, f.model, &o, &f.err), f.err, RF_ERR_ARGUMENT, "capacity");
+    ck_assert_ptr_null(s);
+    o.max_prompt = 0;
+    rf_assert_fails(rf_kv_session_create(&s, f.model, &o, &f.err), f.err, RF_ERR_ARGUMENT, "prompts");
+    o.max_prompt = 32;
+    o.ratio = 1.5;
+    rf_assert_fails(rf_kv_session_create(&s, f.model, &o, &f.err), f.err, RF_ERR_ARGUMENT, "ratio");
+    o.ratio = 1.0;
+    char dir[512];
+    snprintf(dir, sizeof dir, "%s/text-llada", RF_FIXTURE_DIR);
+    rf_assert_ok(rf_text_model_load(&diffusion.model, f.backend, dir, RF_DTYPE_F32, &f.err), f.err);
+    rf_assert_fails(rf_kv_session_create(&s, diffusion.model, &o, &f.err), f.err, RF_ERR_UNSUPPORTED, "autoregressive");
+    rf_text_model_close(diffusion.model);
+
+    s = open_session(&f, &o, false);
+    int32_t prompt[40], tokens[2] = {1, 1};
+    rf_token_stats stats[2];
+    draw_tokens(prompt, 40, 6);
+    rf_assert_fails(rf_kv_session_step(s, tokens, &f.err), f.err, RF_ERR_STATE, "no prompt");
+    rf_assert_fails(rf_kv_session_read_stats(s, stats, &f.err), f.err, RF_ERR_STATE, "statistics");
+    rf_assert_fails(rf_kv_session_prefill(s, 2, prompt, 20, 0, 0, 0, &f.err), f.err, RF_ERR_ARGUMENT, "sequence 2");
+    rf_assert_fails(rf_kv_session_prefill(s, 0, prompt, 40, 0, 0, 0, &f.err), f.err, RF_ERR_ARGUMENT, "made for 32");
+    rf_assert_fails(rf_kv_session_prefill(s, 0, prompt, 40, 20, 0, 0, &f.err), f.err, RF_ERR_ARGUMENT, "made for 4");
+    rf_assert_fails(rf_kv_session_prefill(s, 0, prompt, 20, 0, 17, 0, &f.err), f.err, RF_ERR_ARGUMENT, "made for 16");
+    prompt[3] = VOCAB;
+    rf_assert_fails(rf_kv_session_prefill(s, 0, prompt, 20, 0, 0, 0, &f.err), f.err, RF_ERR_ARGUMENT, "token 3");
+    prompt[3] = 3;
+    rf_assert_ok(rf_kv_session_prefill(s, 0, prompt, 20, 0, 0, 0, &f.err), f.err);
+    rf_assert_fails(rf_kv_session_step(s, tokens, &f.err), f.err, RF_ERR_STATE, "sequence 1 has no prompt");
+    tokens[0] = tokens[1] = -1;
+    rf_assert_fails(rf_kv_session_step(s, tokens, &f.err), f.err, RF_ERR_ARGUMENT, "no sequence");
+    rf_kv_session_destroy(s);
+
+    rule.action = RF_KV_SELECT;
+    o = options_of(&rule, 16, 1, 32, 4);
+    rf_status st = rf_kv_session_create(&s, f.model, &o, &f.err);
+    ck_assert_int_eq(st, RF_ERR_UNSUPPORTED);
+    ck_assert_ptr_null(strchr(f.err.message, '\n'));
+    close_model(&f);
+}
+END_TEST
+
+START_TEST(sessions_survive_a_lack_of_memory) {
+    fixture f = open_model("text-llama");
+    rf_kv_rule rule = rule_of(&f, "snapkv");
+    rf_kv_session_options o = options_of(&rule, 16, 2, 32, 8);
+    rf_kv_session *s = NULL;
+    int failures = 0;
+    for (uint64_t nth = 1;; nth++) {
+        uint64_t live = rf_memory_get_counts().num_live;
+        rf_memory_fail_nth(nth);
+        rf_status st = rf_kv_session_create(&s, f.model, &o, &f.err);
+        rf_memory_fail_nth(0);
+        if (st == RF_OK) break;
+        ck_assert_int_eq(st, RF_ERR_MEMORY);
+        ck_assert_ptr_null(s);
+        ck_assert_uint_eq(rf_memory_get_counts().num_live, live);
+        failures++;
+    }
+    ck_assert_int_gt(failures, 10);
+    rf_kv_session_destroy(s);
+    close_model(&f);
+}
+END_TEST
+
+int main(void) {
+    Suite *suite = suite_create("dlm/kv_session");
+    TCase *tc = tcase_create("kv_session");
+    tcase_set_timeout(tc, 120);
+    tcase_add_loop_test(tc, a_full_budget_is_the_plain_cache, 0, sizeof full_cases / sizeof *full_cases);
+    tcase_add_test(tc, a_decoder_with_a_full_budget_draws_the_same);
+    tcase_add_loop_test(tc, what_stays_and_what_follows_are_those_of_the_rule, 0,
+                        sizeof plain_cases / sizeof *plain_cases);
+    tcase_add_loop_test(tc, a_batch_is_its_sequences, 0, sizeof batch_cases / sizeof *batch_cases);
+    tcase_add_test(tc, a_context_is_compressed_as_if_nothing_followed);
+    tcase_add_test(tc, memory_stays_over_a_long_generation);
+    tcase_add_test(tc, wrong_calls_are_refused_in_one_line);
+    tcase_add_test(tc, sessions_survive_a_lack_of_memory);
+    suite_add_tcase(suite, tc);
+    return rf_run_suite(suite);
+}
