@@ -85,7 +85,6 @@ void rf_sample_row(const rf_sampling *s, float *logits, int32_t vocab, rf_sampli
             sorted = num;
         }
         num = kept;
-        if (sorted > num) sorted = num;
     }
     if (s->min_p > 0.0) {
         int32_t kept = 0;

@@ -3,7 +3,7 @@
  * Rows come from a stack: at the start in ascending order, later the last one freed first, so the same calls give the same rows.
  * Decisions are made on scores (scores.c) or on slots' own statistics (steps.c), by a budget for each head:
  *   uniform     B, as are the first skip_layers of any other allocator; with the uniform one these layers keep everything
- *   pyramid     of the prompt's length; prompts within B: B
+ *   pyramid     of the prompt's length; prompts within B, or shorter than twice what is not protected of it: B
  *   cake        after each layer over the layers done, (B - protected) * L in all; earlier layers shrink by their stored scores.
  *               Compresses as soon as a prompt is longer than B (the released code: than B + W)
  *   table       shares of B * L exactly, at least min(32, B) and at most 3 B (CompressKV)
@@ -478,7 +478,8 @@ static rf_status plan_layer(rf_kv_book *book, int layer, int32_t num_tokens, rf_
         budget = max32(of_layer[layer - skip], min32(front + back, budget));
     } else if (front + back < budget) {
         rf_kv_pyramid(of_layer, layers, budget, front + back, num_tokens, rule->beta);
-        budget = of_layer[layer] + front + back;
+        /* the released code: a prompt of less than twice what is open gets a uniform budget */
+        if (num_tokens >= 2 * (budget - front - back)) budget = of_layer[layer] + front + back;
     }
     rf_free(of_layer);
     for (int h = 0; h < book->shape.num_kv_heads; h++)

@@ -53,7 +53,7 @@ static const row rows[] = {
      WINDOW_OF(32) ",reduce=sum,value=removal"},
     {{"criticalkv", "snapkv, the second half of the budget weighed by what the out projection makes of values",
       "CriticalKV, arXiv 2502.03805"},
-     WINDOW_OF(32) ",reduce=sum,pool=avg,pool_size=5,value=wo"},
+     WINDOW_OF(32) ",reduce=mean,pool=avg,pool_size=5,value=wo"},
     {{"knorm", "small keys stay", "L2 norm, arXiv 2406.11430"}, "score=knorm"},
     {{"keydiff", "keys unlike the mean key stay", "KeyDiff, arXiv 2504.15364"}, "score=keydiff"},
     {{"expected", "attention of Gaussian queries of the future, by the value's size",

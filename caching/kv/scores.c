@@ -122,11 +122,11 @@ static void expected_scores(const rf_kv_rule *rule, const rf_kv_shape *shape, co
     }
 }
 
-/* The second half of an open budget by (s + 1e-4) |W_O v|; the first half, by s alone, comes before all of it. */
+/* The second half of a budget by (s + 1e-4) |W_O v|; the first half, by s alone, comes before all of it. */
 static void weigh_by_out(const rf_kv_shape *shape, const rf_kv_stats *stats, int head, int32_t n, int32_t front,
                          int32_t back, int32_t budget, float *out, float *work) {
     int group = shape->num_q_heads / shape->num_kv_heads;
-    int32_t open = n - front - back, first_half = (budget - front - back) / 2;
+    int32_t open = n - front - back, first_half = budget / 2 - front - back; /* protected ones are of it */
     if (first_half > open) first_half = open;
     for (int32_t j = 0; j < n; j++) {
         double wo = 0;

@@ -65,7 +65,7 @@ static measured measured_make(int64_t stride) {
     m.stats.entropy = at += k * DIM;
     m.stats.expected = at += QUERY_HEADS;
     m.stats.wo_norm = at += q;
-    m.stats.hidden = at += q;
+    m.stats.hidden = at + q;
     m.stats.hidden_cols = DIM;
     return m;
 }

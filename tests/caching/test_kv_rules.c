@@ -437,8 +437,8 @@ START_TEST(scores_are_their_formulas) {
             same("caote", h, j, want);
         }
     }
-    /* criticalkv: six by the base score first, the rest weighed */
-    score("criticalkv:window=8,pool=none", 20);
+    /* criticalkv: half of the budget by the base score first, the window among them; the rest weighed */
+    score("criticalkv:window=8,pool=none,reduce=sum", 28);
     int first = 0;
     for (int j = 0; j < T - W; j++) {
         double base = ((double)s1[0][j] + (double)s1[1][j]) / 2, before = 0;
