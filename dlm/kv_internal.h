@@ -8,6 +8,7 @@
 
 #include "dlm/forward_internal.h"
 #include "dlm/kv_session.h"
+#include "dlm/kv_tables.h"
 #include "kernels/kv.h"
 
 #define RF_KV_GRAPHS 24 /* one for each power of two of keys */
@@ -57,6 +58,13 @@ typedef struct {
     size_t attn_workspace_bytes;
 } rf_kv_step_buffers;
 
+/* Calibration looks at attention: probabilities p [Hq][stats_stride] (host) of the prompt's row `position` over keys 0..position. */
+typedef struct {
+    void *user;
+    bool (*wants)(void *user, int32_t position);
+    rf_status (*take)(void *user, rf_kv_session *s, int layer, int32_t position, const float *p, rf_error *err);
+} rf_kv_probe;
+
 struct rf_kv_session {
     const rf_text_model *model;
     const rf_ops *ops;
@@ -67,6 +75,8 @@ struct rf_kv_session {
     rf_kv_rule rule;
     rf_kv_shape shape;
     unsigned prefill_needs, step_needs;
+    rf_kv_tables tables;
+    const rf_kv_probe *probe; /* NULL: nobody looks; the rule measures sums, the budget keeps everything */
     unsigned needs;        /* of the prompt that is computed now */
     rf_kv_rule draft_rule; /* drafted queries: SnapKV, behind which they are decoded */
     unsigned draft_needs;
@@ -100,6 +110,8 @@ struct rf_kv_session {
     float *lse, *weights;                 /* [Hq][chunk], [max_prompt + extra] */
     rf_kv_measures measured, host_measured;
     float *anchor;        /* [Hkv][D] */
+    char *mean_k, *mean_v, *mean_out; /* COMPENSATE: [L][U][D] twice, [B][Hq * D] */
+    float *mean_logs, *mean_lse;      /* [L][B][Hq] ln of how many, [B][Hq] */
     float *measure_block; /* all of measured */
     size_t measure_floats;
     void *workspace;
@@ -122,6 +134,8 @@ struct rf_kv_session {
     float *host_k, *host_v; /* [Hkv][stats_stride][D], with RF_KV_NEED_KV */
     char *bounce;           /* rows on their way, model's dtype */
     size_t bounce_bytes;
+    float *gate_values, *gate_rows; /* GATE: [Hkv][stats_stride], [chunk or B][hidden + Hkv] and work */
+    float *step_gates;              /* [B][Hkv] of the newest tokens */
     float *rope_mean; /* EXPECTED: [D / 2][2] */
     double *moments;  /* EXPECTED: [Hq][D + D * D] */
     double moment_rows;
@@ -191,11 +205,27 @@ rf_status rf_kv_measure_drafts(rf_kv_session *s, int layer, int32_t num, rf_erro
 rf_status rf_kv_measure_layer(rf_kv_session *s, int layer, int32_t num, rf_kv_stats *stats, rf_error *err);
 /* Of a step's query of one sequence. Waits. */
 rf_status rf_kv_measure_step(rf_kv_session *s, int layer, int sequence, rf_kv_stats *stats, rf_error *err);
+/* GATE: retention of rows [num][hidden] of h, of a prompt's positions begin.. or of sequences first.. of a step. Wait. */
+rf_status rf_kv_gate_prompt(rf_kv_session *s, int layer, const void *h, int32_t begin, int32_t rows, rf_error *err);
+rf_status rf_kv_gate_step(rf_kv_session *s, int layer, const void *h, int first, int num, rf_error *err);
 /* Joins of a book on the layer's planes of keys and values. */
 rf_status rf_kv_join_prompt(rf_kv_session *s, int layer, int sequence, int32_t num, rf_error *err);
 rf_status rf_kv_join_pool(rf_kv_session *s, int layer, int sequence, rf_error *err);
 /* Bytes that the operators want as workspace, for this session's sizes. */
 size_t rf_kv_measure_workspace(const rf_kv_session *s);
+
+/* --- kv_mean.c --- COMPENSATE; nothing for other actions */
+
+/* Behind the book's choice of a prompt's layer. Waits. */
+rf_status rf_kv_mean_prompt(rf_kv_session *s, int layer, int sequence, int32_t num, rf_error *err);
+/* Behind a step's attention: its outputs and lse with the mean slots. */
+rf_status rf_kv_join_mean(rf_kv_session *s, int layer, int first, int num, rf_error *err);
+rf_attention_args rf_kv_mean_attention(const rf_kv_session *s, int layer, int first, int num);
+
+/* --- kv_calibrate.c --- */
+
+/* Shows the probe the rows that it wants, behind their attention in a run of run_rows. Waits. */
+rf_status rf_kv_probe_rows(rf_kv_session *s, int layer, int32_t begin, int32_t rows, int64_t run_rows, rf_error *err);
 
 /* --- kv_step.c --- */
 

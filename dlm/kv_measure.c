@@ -452,6 +452,7 @@ rf_status rf_kv_measure_layer(rf_kv_session *s, int layer, int32_t num, rf_kv_st
         RF_TRY(measure_expected(s, num, err));
         stats->expected = s->host_measured.expected;
     }
+    if (needs & RF_KV_NEED_GATE) stats->gate = s->gate_values;
     if (needs & RF_KV_NEED_WO) {
         RF_TRY(measure_out_norms(s, layer, num, err));
         stats->wo_norm = s->host_measured.wo_norm;
@@ -521,10 +522,48 @@ rf_status rf_kv_measure_step(rf_kv_session *s, int layer, int sequence, rf_kv_st
     }
     RF_TRY(measure_norms(s, needs, &c.source, err));
     RF_TRY(fetch_measures(s, needs, most, 1, stats, err));
+    for (int h = 0; h < s->num_kv_heads && (needs & RF_KV_NEED_GATE); h++) {
+        int32_t newest = rf_kv_book_head(q->book, layer, h)->num - 1;
+        s->gate_values[h * s->stats_stride + newest] = s->step_gates[first + h];
+        stats->gate = s->gate_values;
+    }
     if (!(needs & RF_KV_NEED_KV)) return RF_OK;
     RF_TRY(fetch_slots(s, layer, sequence, most, err));
     stats->k = s->host_k;
     stats->v = s->host_v;
+    return RF_OK;
+}
+
+/* --- gates ---------------------------------------------------------------------------------------------------------------- */
+
+/* gate_rows: rows, their gates, the gate's work. */
+static rf_status apply_gate(rf_kv_session *s, int layer, const void *h, int64_t num, float **out, rf_error *err) {
+    int64_t hidden = s->model->desc.hidden, most = s->stage->options.max_rows;
+    if (s->batch > most) most = s->batch;
+    *out = s->gate_rows + most * hidden;
+    RF_TRY(rf_kv_read_rows(s, h, num * hidden, s->gate_rows, err));
+    rf_kv_gate_apply(&s->tables.gates[layer], s->gate_rows, num, *out, *out + most * s->num_kv_heads);
+    return RF_OK;
+}
+
+rf_status rf_kv_gate_prompt(rf_kv_session *s, int layer, const void *h, int32_t begin, int32_t rows, rf_error *err) {
+    float *gates;
+    RF_TRY(rf_kv_wait(s, err));
+    double began = rf_kv_now_ms();
+    RF_TRY(apply_gate(s, layer, h, rows, &gates, err));
+    for (int k = 0; k < s->num_kv_heads; k++)
+        for (int32_t i = 0; i < rows; i++)
+            s->gate_values[k * s->stats_stride + begin + i] = gates[(int64_t)i * s->num_kv_heads + k];
+    s->info.score_ms += rf_kv_now_ms() - began;
+    return RF_OK;
+}
+
+rf_status rf_kv_gate_step(rf_kv_session *s, int layer, const void *h, int first, int num, rf_error *err) {
+    float *gates;
+    double began = rf_kv_now_ms();
+    RF_TRY(apply_gate(s, layer, h, num, &gates, err));
+    memcpy(s->step_gates + (int64_t)first * s->num_kv_heads, gates, (size_t)num * (size_t)s->num_kv_heads * sizeof *gates);
+    s->info.step_score_ms += rf_kv_now_ms() - began;
     return RF_OK;
 }
 

@@ -85,11 +85,14 @@ static rf_status chunk_layer(rf_kv_session *s, int layer, const chunk *c, const 
                           stage->q_cols + 2 * stage->kv_cols, d->hidden, err));
     if (rf_kv_keeps_unturned(s)) RF_TRY(keep_unturned(s, &run, layer, err));
     RF_TRY(rf_text_qkv_rope(&run, layer, run.shape.rows, rf_text_at(&run, run.at.positions), err));
+    if ((s->needs & RF_KV_NEED_GATE) && !c->pseudo)
+        RF_TRY(rf_kv_gate_prompt(s, layer, stage->b.h, c->begin, c->rows, err));
     bool measures = rf_kv_measures_rows(s, num, c->begin, c->rows, c->pseudo);
-    if (measures || goes_on) {
+    if (measures || goes_on || s->probe) {
         RF_TRY(rf_text_attend(&run, layer, run.shape.rows, s->lse, err));
         s->key_layers += ((int64_t)c->begin * c->rows + (int64_t)c->rows * (c->rows + 1) / 2) * s->num_kv_heads;
     }
+    if (s->probe && !c->pseudo) RF_TRY(rf_kv_probe_rows(s, layer, c->begin, c->rows, run.shape.rows, err));
     s->row_layers += c->rows;
     if (measures || ((s->needs & RF_KV_NEED_EXPECTED) && !c->pseudo)) {
         RF_TRY(rf_kv_wait(s, err));
@@ -158,6 +161,7 @@ static rf_status choose(rf_kv_session *s, int layer, int sequence, int32_t num, 
     rf_kv_stats stats;
     RF_TRY(rf_kv_measure_layer(s, layer, num, &stats, err));
     RF_TRY(rf_kv_book_prefill(s->sequences[sequence].book, layer, num, &stats, err));
+    RF_TRY(rf_kv_mean_prompt(s, layer, sequence, num, err));
     RF_TRY(rf_kv_join_prompt(s, layer, sequence, num, err));
     RF_TRY(copy_kept(s, layer, sequence, err));
     RF_TRY(rf_kv_wait(s, err));

@@ -31,25 +31,16 @@ static size_t max_size(size_t a, size_t b) {
 
 /* --- what can be run --------------------------------------------------------------------------------------------------- */
 
-static rf_status check_rule(const rf_kv_rule *r, const rf_kv_session_options *o, rf_error *err) {
+static rf_status check_rule(const rf_kv_rule *r, rf_error *err) {
     RF_TRY(rf_kv_rule_check(r, err));
-    static const char *const actions[RF_KV_ACTION_COUNT] = {[RF_KV_COMPENSATE] = "compensate",
-                                                            [RF_KV_DEMOTE] = "demote",
+    static const char *const actions[RF_KV_ACTION_COUNT] = {[RF_KV_DEMOTE] = "demote",
                                                             [RF_KV_SELECT] = "select",
                                                             [RF_KV_SHARE] = "share"};
     if (actions[r->action] != NULL)
         return rf_fail(err, RF_ERR_UNSUPPORTED, "kv rule %s: action %s has no implementation in this executor yet",
                        r->method, actions[r->action]);
-    const char *table = r->alloc == RF_KV_ALLOC_TABLE   ? "shares of layers"
-                        : r->alloc == RF_KV_ALLOC_CLASS ? "classes of heads"
-                        : r->heads == RF_KV_HEADS_LIST  ? "a list of heads"
-                        : r->score == RF_KV_SCORE_GATE  ? "retention gates"
-                                                        : NULL;
-    if (table != NULL || o->calibration != NULL)
-        return rf_fail(err, RF_ERR_UNSUPPORTED, "kv rule %s: %s from a calibration file cannot be read yet", r->method,
-                       table ? table : "tables");
     unsigned needs = rf_kv_needs_prefill(r) | rf_kv_needs_step(r);
-    if (needs & (RF_KV_NEED_HIDDEN | RF_KV_NEED_GATE))
+    if (needs & RF_KV_NEED_HIDDEN)
         return rf_fail(err, RF_ERR_UNSUPPORTED, "kv rule %s: the last layer's hidden states are not given to rules yet",
                        r->method);
     if (rf_kv_needs_step(r) & (RF_KV_NEED_EXPECTED | RF_KV_NEED_WO))
@@ -76,7 +67,7 @@ static rf_status check_options(const rf_text_model *model, rf_kv_session_options
                        (int)o->prefill_chunk);
     if (o->prefill_chunk == 0) o->prefill_chunk = 1024;
     if (o->prefill_chunk > o->max_prompt) o->prefill_chunk = o->max_prompt;
-    return check_rule(&o->rule, o, err);
+    return check_rule(&o->rule, err);
 }
 
 /* What a rule protects: no budget is smaller. */
@@ -191,6 +182,13 @@ static void plan_sizes(rf_kv_session *s) {
             if (keys >= s->stride) break;
         }
     }
+    if (s->rule.action == RF_KV_COMPENSATE) {
+        for (int rows = 1; rows <= s->batch; rows++) {
+            rf_attention_args mean = rf_kv_mean_attention(s, 0, 0, rows);
+            s->step.attn_workspace_bytes =
+                max_size(s->step.attn_workspace_bytes, s->ops->attention_workspace(s->backend, &mean));
+        }
+    }
     s->workspace_bytes = rf_kv_measure_workspace(s);
 }
 
@@ -240,7 +238,7 @@ static rf_status take_buffers(rf_kv_session *s, rf_arena *arena, rf_error *err) 
     size_t q_cols = (size_t)s->stage->q_cols, kv_cols = (size_t)s->stage->kv_cols, hidden = (size_t)d->hidden;
     size_t chunk = (size_t)s->stage->options.max_rows, stride = (size_t)s->stride, slots = units * stride;
     size_t extra = (size_t)s->extra_rows, ordered = reads_in_order(s), device = s->on_device;
-    size_t raw = rf_kv_keeps_unturned(s);
+    size_t raw = rf_kv_keeps_unturned(s), means = s->rule.action == RF_KV_COMPENSATE;
     size_t x_rows = (size_t)o->max_prompt + chunk + (extra ? extra + chunk : 0);
     size_t pool = batch * (size_t)s->pool_rows * dim;
     struct {
@@ -271,6 +269,11 @@ static rf_status take_buffers(rf_kv_session *s, rf_arena *arena, rf_error *err) 
         {&s->weights, "weights of queries", (size_t)o->max_prompt + extra, sizeof(float)},
         {&s->anchor, "anchors", (size_t)s->num_kv_heads * dim, sizeof(float)},
         {&s->workspace, "workspace of measurements", s->workspace_bytes, 1},
+        {&s->mean_k, "mean keys", means * layers * units * dim, elem},
+        {&s->mean_v, "mean values", means * layers * units * dim, elem},
+        {&s->mean_out, "outputs of mean slots", means * batch * q_cols, elem},
+        {&s->mean_logs, "counts of mean slots", means * layers * batch * (size_t)s->num_q_heads, sizeof(float)},
+        {&s->mean_lse, "log-sums of mean slots", means * batch * (size_t)s->num_q_heads, sizeof(float)},
         {&s->step.x, "residual rows", batch * hidden, residual},
         {&s->step.h, "normed rows", batch * hidden, elem},
         {&s->step.wide, "qkv and MLP rows", batch * max_size(q_cols + 2 * kv_cols, 2 * (size_t)d->ffn), elem},
@@ -333,6 +336,14 @@ static rf_status allocate_host(rf_kv_session *s, rf_error *err) {
         s->host_k = rf_alloc_zero(keys, sizeof(float));
         s->host_v = rf_alloc_zero(keys, sizeof(float));
     }
+    bool gated = (needs & RF_KV_NEED_GATE) != 0;
+    if (gated) {
+        size_t rows = max_size((size_t)s->stage->options.max_rows, (size_t)s->batch), work = 0;
+        for (int l = 0; l < s->num_layers; l++) work = max_size(work, (size_t)rf_kv_gate_work(&s->tables.gates[l]));
+        s->gate_values = rf_alloc_zero((size_t)s->num_kv_heads * (size_t)s->stats_stride, sizeof(float));
+        s->gate_rows = rf_alloc_zero(rows * (size_t)(s->model->desc.hidden + s->num_kv_heads) + work, sizeof(float));
+        s->step_gates = rf_alloc_zero((size_t)s->units, sizeof(float));
+    }
     if (needs & RF_KV_NEED_EXPECTED) {
         size_t d = (size_t)s->head_dim;
         s->rope_mean = rf_alloc_zero(d, sizeof(float));
@@ -341,6 +352,7 @@ static rf_status allocate_host(rf_kv_session *s, rf_error *err) {
     s->sequences = rf_alloc_zero((size_t)s->batch, sizeof *s->sequences);
     s->prompt_positions = rf_alloc(queries * sizeof(int32_t));
     if (!s->sequences || !s->prompt_positions || (wants_keys && (!s->host_k || !s->host_v)) ||
+        (gated && (!s->gate_values || !s->gate_rows || !s->step_gates)) ||
         ((needs & RF_KV_NEED_EXPECTED) && (!s->rope_mean || !s->moments)))
         return rf_fail(err, RF_ERR_MEMORY, "out of memory for a session with a cache budget");
     for (size_t i = 0; i < queries; i++) s->prompt_positions[i] = (int32_t)i;
@@ -388,6 +400,7 @@ static rf_status create(rf_kv_session *s, bool may_use_device, rf_error *err) {
     const rf_text_desc *d = &s->model->desc;
     rf_kv_session_options *o = &s->options;
     s->rule = o->rule;
+    RF_TRY(rf_kv_tables_open(&s->tables, &s->rule, s->model, o->calibration, err));
     s->num_layers = d->num_layers;
     s->num_q_heads = d->num_q_heads;
     s->num_kv_heads = d->num_kv_heads;
@@ -409,7 +422,10 @@ static rf_status create(rf_kv_session *s, bool may_use_device, rf_error *err) {
                              .num_kv_heads = s->num_kv_heads,
                              .head_dim = s->head_dim,
                              .max_prompt = o->max_prompt,
-                             .max_new = o->max_new};
+                             .max_new = o->max_new,
+                             .layer_shares = s->tables.layer_shares,
+                             .head_classes = s->tables.head_classes,
+                             .head_list = s->tables.head_list};
     s->pool_rows = rf_kv_pool_rows(&s->rule, &s->shape, o->budget);
     s->draft_at = -1;
     if (drafts(&s->rule)) {
@@ -491,9 +507,13 @@ void rf_kv_session_destroy(rf_kv_session *s) {
     rf_free(s->prompt_positions);
     rf_free(s->host_k);
     rf_free(s->host_v);
+    rf_free(s->gate_values);
+    rf_free(s->gate_rows);
+    rf_free(s->step_gates);
     rf_free(s->rope_mean);
     rf_free(s->moments);
     rf_free(s->bounce);
+    rf_kv_tables_close(&s->tables);
     rf_backend_free_pinned(s->backend, s->host_control);
     rf_backend_free_pinned(s->backend, s->host_rows);
     rf_backend_free_pinned(s->backend, s->host_lens);
@@ -786,6 +806,9 @@ rf_kv_session_info rf_kv_session_get_info(const rf_kv_session *s) {
     size_t list = s->rule.score == RF_KV_SCORE_NONE ? sizeof(int32_t) : 2 * sizeof(int32_t);
     if (s->rule.score != RF_KV_SCORE_NONE && s->rule.schedule != RF_KV_AT_PREFILL) list += sizeof(float);
     info.kept_bytes = (size_t)info.kept_slots * (slot + list);
+    if (s->rule.action == RF_KV_COMPENSATE)
+        for (int b = 0; b < s->batch; b++)
+            info.kept_bytes += s->sequences[b].ready ? (size_t)heads * (slot + sizeof(float)) : 0;
     info.full_bytes = (size_t)info.full_slots * slot;
     info.pool_bytes = s->pool_bytes;
     info.staging_bytes = s->stage->cache_bytes;

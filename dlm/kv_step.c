@@ -215,7 +215,9 @@ static rf_status decide(rf_kv_session *s, int layer, int first, int num, rf_erro
         RF_TRY(rf_kv_book_step(s->sequences[b].book, layer, &stats, &changed, err));
         if (!changed) continue;
         if (s->rule.action != RF_KV_DROP) RF_TRY(rf_kv_join_pool(s, layer, b, err));
-        RF_TRY(rf_kv_upload_lists(s, b, layer, layer + 1, err));
+        /* one choice over all layers comes with the last one */
+        int begin = s->rule.alloc == RF_KV_ALLOC_FLAT_ALL ? 0 : layer;
+        RF_TRY(rf_kv_upload_lists(s, b, begin, layer + 1, err));
     }
     s->info.step_score_ms += rf_kv_now_ms() - began;
     return RF_OK;
@@ -230,6 +232,7 @@ static rf_status queue_layer(rf_kv_session *s, int layer, int first, int num, in
     char *x = (char *)b->x + (size_t)(first * hidden) * rf_dtype_bytes(s->stage->options.residual_dtype);
     void *h = rows_at(s, b->h, first, hidden), *y = rows_at(s, b->y, first, hidden);
     bool last = layer + 1 == s->num_layers;
+    if (s->step_needs & RF_KV_NEED_GATE) RF_TRY(rf_kv_gate_step(s, layer, h, first, num, err));
     RF_TRY(rf_text_linear(&run, h, w->qkv, w->qkv_bias, rows_at(s, b->wide, first, q_cols + 2 * kv_cols), num,
                           q_cols + 2 * kv_cols, hidden, err));
     if (rf_kv_in_cache_order(s)) RF_TRY(split(s, layer, first, num, b->attn, b->k_raw, 0, err));
@@ -242,6 +245,7 @@ static rf_status queue_layer(rf_kv_session *s, int layer, int first, int num, in
                               rows_at(s, b->q, first, q_cols), (size_t)q_cols * rf_kv_elem(s), err));
     rf_attention_args attention = rf_kv_step_attention(s, layer, first, num, kv_len);
     RF_TRY(s->ops->attention(s->stream, &attention, err));
+    RF_TRY(rf_kv_join_mean(s, layer, first, num, err));
     if (s->on_device)
         RF_TRY(evict_all(s, layer, first, num, kv_len, err));
     else if (s->step_needs)

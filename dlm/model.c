@@ -385,6 +385,10 @@ rf_status rf_text_model_load(rf_text_model **out, rf_backend *backend, const cha
         st = load_all(&l, err);
         if (st != RF_OK) rf_fail_prefix(err, st, "%s", dir);
     }
+    if (st == RF_OK) {
+        l.m->folder = rf_strdup(dir);
+        if (l.m->folder == NULL) st = rf_fail(err, RF_ERR_MEMORY, "no memory for a path");
+    }
     rf_stream_destroy(l.stream);
     rf_backend_free_pinned(backend, l.staging);
     rf_weights_close(file);
@@ -399,6 +403,7 @@ void rf_text_model_close(rf_text_model *model) {
     if (model == NULL) return;
     rf_params_destroy(model->params);
     rf_free(model->layers);
+    rf_free(model->folder);
     rf_free(model);
 }
 

@@ -154,6 +154,7 @@ void rf_kv_book_destroy(rf_kv_book *book) {
     }
     rf_free(book->layer_shares);
     rf_free(book->head_classes);
+    rf_free(book->head_list);
     rf_free(book->free_rows);
     rf_free(book->heads);
     rf_free(book->room);
@@ -205,6 +206,12 @@ static rf_status check(const rf_kv_rule *rule, const rf_kv_shape *shape, rf_erro
         return rf_fail(err, RF_ERR_MISSING, "kv book: alloc=table wants calibrated shares of layers, found none");
     if (rule->alloc == RF_KV_ALLOC_CLASS && s->head_classes == NULL)
         return rf_fail(err, RF_ERR_MISSING, "kv book: alloc=class wants calibrated classes of heads, found none");
+    if (rule->heads == RF_KV_HEADS_LIST && s->head_list == NULL)
+        return rf_fail(err, RF_ERR_MISSING, "kv book: heads=list wants a calibrated list of heads, found none");
+    for (int l = 0; rule->heads == RF_KV_HEADS_LIST && l < s->num_layers; l++) {
+        if (memchr(s->head_list + (int64_t)l * s->num_q_heads, 1, (size_t)s->num_q_heads) == NULL)
+            return rf_fail(err, RF_ERR_CONFIG, "kv book: layer %d has no listed head (flag 1), heads=list wants one", l);
+    }
     if (rf_kv_track_of(rule) == RF_KV_TRACK_SUM && rule->reduce == RF_KV_REDUCE_MEANVAR)
         return rf_fail(err, RF_ERR_UNSUPPORTED, "kv book: reduce=meanvar of all queries cannot go on while decoding");
     return RF_OK;
@@ -253,6 +260,11 @@ rf_status rf_kv_book_create(rf_kv_book **out, const rf_kv_rule *rule, const rf_k
         book->shape.head_classes = book->head_classes = rf_alloc(classes);
         ok = book->head_classes != NULL;
         if (ok) memcpy(book->head_classes, shape->head_classes, classes);
+    }
+    if (ok && shape->head_list != NULL) {
+        book->shape.head_list = book->head_list = rf_alloc(classes);
+        ok = book->head_list != NULL;
+        if (ok) memcpy(book->head_list, shape->head_list, classes);
     }
     rf_status status = RF_OK;
     if (!ok) status = rf_fail(err, RF_ERR_MEMORY, "kv book: no memory for %lld rows", (long long)rows);

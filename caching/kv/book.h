@@ -31,7 +31,7 @@ struct rf_kv_book {
     rf_kv_rule rule;
     rf_kv_shape shape; /* tables are copies */
     float *layer_shares;
-    uint8_t *head_classes;
+    uint8_t *head_classes, *head_list;
     int32_t created, budget; /* 0: no limit */
     rf_kv_track track;
     bool keeps_all; /* the rule drops nothing */

@@ -219,9 +219,10 @@ typedef struct {
 typedef struct {
     int32_t num_layers, num_q_heads, num_kv_heads, head_dim;
     int32_t max_prompt, max_new;
-    /* calibrated tables, or NULL: [L] shares of layers; [L][Hq] retrieval flags or ranks */
+    /* calibrated tables, or NULL: [L] shares of layers; [L][Hq] flags of retrieval heads (alloc=class) and of the heads that score a
+     * layer (heads=list; at least one a layer) */
     const float *layer_shares;
-    const uint8_t *head_classes;
+    const uint8_t *head_classes, *head_list;
 } rf_kv_shape;
 
 typedef struct {

@@ -328,10 +328,14 @@ rf_status rf_kv_rule_check(const rf_kv_rule *r, rf_error *err) {
     if (strcmp(r->method, "fastkv") == 0)
         return missing(r, "later layers that see fewer tokens are not implemented yet", err);
     if (strcmp(r->method, "epicache") == 0) return missing(r, "caches of episodes are not implemented yet", err);
-    if (learned) return missing(r, "learned gates are not implemented yet", err);
-    if (r->heads == RF_KV_HEADS_LIST || r->alloc == RF_KV_ALLOC_TABLE || r->alloc == RF_KV_ALLOC_CLASS)
-        return missing(r, "calibrated tables are not implemented yet", err);
-    if (r->action == RF_KV_COMPENSATE) return missing(r, "compensation tokens are not implemented yet", err);
+    if (strcmp(r->method, "attention-gate") == 0)
+        return missing(r, "flags before attention change the prompt's own computation: not offered", err);
+    if (r->heads == RF_KV_HEADS_LIST && (!attention || r->schedule != RF_KV_AT_PREFILL))
+        return missing(r, "heads=list wants score=attention,schedule=prefill", err);
+    if (r->action == RF_KV_COMPENSATE &&
+        (r->schedule != RF_KV_AT_PREFILL || r->position != RF_KV_POSITION_ORIGINAL ||
+         r->alloc == RF_KV_ALLOC_CAKE || r->alloc == RF_KV_ALLOC_FLAT_ALL))
+        return missing(r, "action=compensate wants schedule=prefill,position=original and a budget known with each layer", err);
     if (r->action == RF_KV_DEMOTE) return missing(r, "demotion to fewer bits is not implemented yet", err);
     if (r->action == RF_KV_SELECT) return missing(r, "selection while reading is not implemented yet", err);
     if (r->action == RF_KV_SHARE) return missing(r, "sharing between layers is not implemented yet", err);
@@ -349,7 +353,7 @@ rf_status rf_kv_rule_check(const rf_kv_rule *r, rf_error *err) {
     if (r->value == RF_KV_VALUE_NORM && !attention && r->score != RF_KV_SCORE_EXPECTED)
         return missing(r, "value=norm wants scores that are not below 0 (score=attention, score=expected)", err);
     bool of_keys = r->score == RF_KV_SCORE_KNORM || r->score == RF_KV_SCORE_KEYDIFF ||
-                   r->score == RF_KV_SCORE_EXPECTED || r->score == RF_KV_SCORE_RANDOM;
+                   r->score == RF_KV_SCORE_EXPECTED || r->score == RF_KV_SCORE_RANDOM || learned;
     if (of_keys && r->heads != RF_KV_HEADS_NONE)
         return missing(r, "heads=mean wants attention: this score is of each key head", err);
     if (of_keys && r->pool != RF_KV_POOL_NONE) return missing(r, "pool wants score=attention", err);
@@ -357,17 +361,19 @@ rf_status rf_kv_rule_check(const rf_kv_rule *r, rf_error *err) {
         return missing(r, "group=none would keep a set for each query head: caches are of key heads", err);
     bool own_values = r->value == RF_KV_VALUE_NORM || r->value == RF_KV_VALUE_WO ||
                       (is_caote(r->value) && r->queries == RF_KV_QUERIES_ALL && r->schedule != RF_KV_AT_PREFILL);
-    if (r->heads == RF_KV_HEADS_MEAN && own_values)
-        return missing(r, "heads=mean gives all heads of a layer one set: this value term is each head's own", err);
+    if (r->heads != RF_KV_HEADS_NONE && own_values)
+        return missing(r, "heads=mean and heads=list give all heads of a layer one set: this value term is each head's own", err);
     if ((r->value == RF_KV_VALUE_WO || r->score == RF_KV_SCORE_EXPECTED) && r->schedule != RF_KV_AT_PREFILL)
         return missing(r, "this score is of a prompt: schedule=prefill", err);
     bool structured =
         r->score == RF_KV_SCORE_POSITION || r->score == RF_KV_SCORE_LADDER || r->score == RF_KV_SCORE_TREE;
-    if (structured && r->alloc != RF_KV_ALLOC_UNIFORM) return missing(r, "this score goes with alloc=uniform", err);
+    bool by_position = r->score == RF_KV_SCORE_POSITION;
+    if (structured && r->alloc != RF_KV_ALLOC_UNIFORM && !(by_position && (r->alloc == RF_KV_ALLOC_CLASS || r->alloc == RF_KV_ALLOC_TABLE)))
+        return missing(r, "this score goes with alloc=uniform (score=position: also table, class)", err);
     if ((r->score == RF_KV_SCORE_LADDER || r->score == RF_KV_SCORE_TREE) && r->schedule != RF_KV_AT_STEP)
         return missing(r, "this score goes with schedule=step", err);
-    if (r->heads == RF_KV_HEADS_MEAN && (r->alloc == RF_KV_ALLOC_FLAT_HEADS || r->alloc == RF_KV_ALLOC_FLAT_ALL))
-        return missing(r, "heads=mean gives all heads of a layer one set: alloc=flat-* would tear it", err);
+    if (r->heads != RF_KV_HEADS_NONE && (r->alloc == RF_KV_ALLOC_FLAT_HEADS || r->alloc == RF_KV_ALLOC_FLAT_ALL))
+        return missing(r, "heads=mean and heads=list give all heads of a layer one set: alloc=flat-* would tear it", err);
     if (r->reduce == RF_KV_REDUCE_DECAY && attention && r->queries != RF_KV_QUERIES_ALL)
         return missing(r, "reduce=decay wants queries=all", err);
     return RF_OK;

@@ -82,21 +82,25 @@ static float join(rf_kv_over over, float a, float b) {
 }
 
 /* Of one key head: out [n], before protection; open: columns that are pooled; work [2 n]. */
-static void attention_scores(const rf_kv_rule *rule, const rf_kv_shape *shape, const rf_kv_stats *stats, int head,
-                             int32_t n, int32_t open, float *out, float *work) {
-    int group = shape->num_q_heads / shape->num_kv_heads, first = head * group, num = group;
-    bool over_layer = rule->heads == RF_KV_HEADS_MEAN;
-    if (over_layer) first = 0, num = shape->num_q_heads;
-    for (int q = first; q < first + num; q++) {
-        float *own = q == first ? out : work;
+static void attention_scores(const rf_kv_rule *rule, const rf_kv_shape *shape, const rf_kv_stats *stats, int layer,
+                             int head, int32_t n, int32_t open, float *out, float *work) {
+    int group = shape->num_q_heads / shape->num_kv_heads, first = head * group, end = first + group, num = 0;
+    bool over_layer = rule->heads != RF_KV_HEADS_NONE;
+    const uint8_t *listed =
+        rule->heads == RF_KV_HEADS_LIST ? shape->head_list + (int64_t)layer * shape->num_q_heads : NULL;
+    if (over_layer) first = 0, end = shape->num_q_heads;
+    for (int q = first; q < end; q++) {
+        if (listed != NULL && !listed[q]) continue;
+        float *own = num == 0 ? out : work;
         reduce_queries(rule, stats, q, n, own);
         if (is_caote(rule->value)) caote(rule, stats, q / group, n, own);
         if (!rule->pool_after_group && rule->pool != RF_KV_POOL_NONE) {
             rf_kv_pool_scores(work + n, own, open, rule->pool, rule->pool_size);
             memcpy(own, work + n, (size_t)open * sizeof *own);
         }
-        for (int32_t j = 0; j < n && q > first; j++)
+        for (int32_t j = 0; j < n && num > 0; j++)
             out[j] = join(over_layer ? RF_KV_OVER_SUM : rule->group, out[j], own[j]);
+        num++;
     }
     if (over_layer || rule->group == RF_KV_OVER_MEAN || rule->group == RF_KV_OVER_NONE) {
         for (int32_t j = 0; j < n; j++) out[j] /= (float)num;
@@ -164,6 +168,7 @@ rf_status rf_kv_prefill_scores(const rf_kv_rule *rule, const rf_kv_shape *shape,
                            "kv scores: layer %d: value=caote is for heads of at most %d columns, found %d", layer,
                            MAX_HEAD_DIM, stats->head_dim);
         if (rule->value == RF_KV_VALUE_WO) RF_TRY(want(stats->wo_norm, "norms of W_O v", layer, err));
+        if (rule->heads == RF_KV_HEADS_LIST) RF_TRY(want(shape->head_list, "a calibrated list of heads", layer, err));
         break;
     case RF_KV_SCORE_KNORM: RF_TRY(want(stats->key_norm, "key norms", layer, err)); break;
     case RF_KV_SCORE_KEYDIFF: RF_TRY(want(stats->key_cosine, "key cosines", layer, err)); break;
@@ -181,10 +186,10 @@ rf_status rf_kv_prefill_scores(const rf_kv_rule *rule, const rf_kv_shape *shape,
         int64_t at = stats ? h * stats->stride : 0;
         switch (rule->score) {
         case RF_KV_SCORE_ATTENTION:
-            if (rule->heads == RF_KV_HEADS_MEAN && h > 0)
+            if (rule->heads != RF_KV_HEADS_NONE && h > 0)
                 memcpy(score, out, (size_t)n * sizeof *score);
             else
-                attention_scores(rule, shape, stats, h, n, open, score, scratch);
+                attention_scores(rule, shape, stats, layer, h, n, open, score, scratch);
             break;
         case RF_KV_SCORE_EXPECTED: expected_scores(rule, shape, stats, h, n, score); break;
         default:

@@ -13,4 +13,12 @@ rf_status calibrate_write(const char *path, const char *name, const cJSON *table
  * beats fewer steps; if none does, the fastest all the same, with a warning. *chosen: how many; with one line for each to a person unless quiet. */
 rf_status calibrate_presets(cJSON **table, const char *from, bool quiet, int *chosen, rf_error *err);
 
+/* kv.json of an autoregressive model, or `output`: retrieval heads and shares of layers (dlm/kv_tables.h). */
+typedef struct {
+    const char *model, *device, *output; /* output: NULL = beside the model */
+    int threads, num_prompts;
+    bool quiet;
+} calibrate_kv_args;
+rf_status calibrate_kv(const calibrate_kv_args *args, rf_error *err);
+
 #endif

@@ -10,6 +10,7 @@
  *               measured stand-in for the trained table of DiffSparse (arXiv 2604.03674), which needs gradients through the sampler.
  *
  *   presets     no measurement of its own: calibrate_presets.c chooses from a sweep
+ *   --kv        tables of cache rules of an autoregressive text model, in its kv.json: calibrate_kv.c
  *
  * Of a world magcache and teacache are measured on all new frames of some walks together. diffsparse is not: no session of a world shows its
  * hidden states.
@@ -40,15 +41,16 @@ typedef struct {
     const char *what, *model, *output, *device, *sampler, *from;
     int64_t num_images, num_steps, seed, threads, num_frames; /* num_steps, num_frames: 0 = not given */
     double cfg_scale;                                         /* NaN likewise */
-    bool quiet;
+    bool quiet, kv;
 } calibrate_args;
 
 static args_result read_args(calibrate_args *a, int argc, char **argv) {
-    *a = (calibrate_args){.device = "cpu", .num_images = 4, .seed = 1000, .cfg_scale = NAN};
+    *a = (calibrate_args){.device = "cpu", .num_images = 0, .seed = 1000, .cfg_scale = NAN};
     int num = 0;
     const arg_option options[] = {
         arg_string("model", 'm', "DIR", "of images or a world; a shipped one's name (objects)", &a->model),
-        arg_int("num", 'n', "N", "pictures, or walks of a world (default: 4)", &a->num_images, 1, 64),
+        arg_int("num", 'n', "N", "pictures, or walks of a world (default: 4); --kv: prompts (48)", &a->num_images, 1, 4096),
+        arg_flag("kv", 0, "tables of cache rules of a text model (text-ar): retrieval heads, shares of layers", &a->kv),
         arg_int("frames", 0, "N", "of a walk, with the first (default: 12)", &a->num_frames, 2, 1000),
         arg_int("steps", 0, "N", "denoising steps (default: 50; a world's own)", &a->num_steps, 2, 10000),
         arg_double("cfg-scale", 0, "X", "guidance; 1 = off (default: 4)", &a->cfg_scale, 0, 1000),
@@ -62,16 +64,30 @@ static args_result read_args(calibrate_args *a, int argc, char **argv) {
         arg_flag("quiet", 'q', "say nothing but errors", &a->quiet),
     };
     const arg_spec spec = {.command = "refrain calibrate",
-                           .usage = "magcache|teacache|diffsparse|presets [options]",
+                           .usage = "magcache|teacache|diffsparse|presets|--kv [options]",
                            .about = "Measures on a model the table that a policy needs, or chooses presets from a "
                                     "sweep, and writes them beside the model.",
                            .options = options,
                            .num_options = sizeof options / sizeof options[0],
-                           .min_positional = 1,
+                           .min_positional = 0,
                            .max_positional = 1,
                            .positional_name = "POLICY"};
     args_result result = args_parse(&spec, argc, argv, &a->what, &num);
     if (result != ARGS_OK) return result;
+    if (a->kv) {
+        if (num > 0 || a->from || a->num_frames || a->num_steps || a->sampler || !isnan(a->cfg_scale)) {
+            say_error("calibrate --kv: of text models; takes -m, -n, --device, -t, -o and -q alone");
+            return ARGS_USAGE_ERROR;
+        }
+        if (a->num_images == 0) a->num_images = 48;
+        return result;
+    }
+    if (a->num_images == 0) a->num_images = 4;
+    if (num == 0 || a->num_images > 64) {
+        say_error(num == 0 ? "calibrate: expected magcache, teacache, diffsparse, presets or --kv"
+                           : "--num: at most 64 pictures or walks");
+        return ARGS_USAGE_ERROR;
+    }
     bool presets = strcmp(a->what, "presets") == 0;
     if (strcmp(a->what, "magcache") != 0 && strcmp(a->what, "teacache") != 0 && strcmp(a->what, "diffsparse") != 0 &&
         !presets) {
@@ -591,5 +607,14 @@ int cmd_calibrate(int argc, char **argv) {
     if (parsed != ARGS_OK) return parsed == ARGS_HELP ? EXIT_OK : EXIT_USAGE;
     rf_error err = {0};
     cancel_install();
+    if (args.kv) {
+        calibrate_kv_args kv = {.model = args.model ? args.model : "text-ar",
+                                .device = args.device,
+                                .output = args.output,
+                                .threads = (int)args.threads,
+                                .num_prompts = (int)args.num_images,
+                                .quiet = args.quiet};
+        return calibrate_kv(&kv, &err) == RF_OK ? EXIT_OK : fail_with(&err);
+    }
     return calibrate(&args, &err) == RF_OK ? EXIT_OK : fail_with(&err);
 }
