@@ -18,25 +18,24 @@ rf_status rf_kv_probe_rows(rf_kv_session *s, int layer, int32_t begin, int32_t r
     const rf_text_session *stage = s->stage;
     for (int32_t i = begin; i < begin + rows; i++) {
         if (!s->probe->wants(s->probe->user, i)) continue;
-        rf_kv_columns_args c = {
-            .source = {.k = rf_text_keys(stage, layer),
-                       .row_stride = stage->kv_cols,
-                       .head_stride = s->head_dim,
-                       .num_keys = i + 1},
-            .q = (const char *)stage->b.q + (size_t)((i - begin) * stage->q_cols) * rf_kv_elem(s),
-            .q_row_stride = stage->q_cols,
-            .lse = s->lse + (i - begin),
-            .lse_stride = run_rows,
-            .num_queries = 1,
-            .num_q_heads = s->num_q_heads,
-            .num_kv_heads = s->num_kv_heads,
-            .head_dim = s->head_dim,
-            .dtype = s->model->dtype,
-            .scale = (float)(1.0 / sqrt((double)s->head_dim)),
-            .s1 = s->measured.s1,
-            .out_stride = s->stats_stride,
-            .workspace = s->workspace,
-            .workspace_bytes = s->workspace_bytes};
+        rf_kv_columns_args c = {.source = {.k = rf_text_keys(stage, layer),
+                                           .row_stride = stage->kv_cols,
+                                           .head_stride = s->head_dim,
+                                           .num_keys = i + 1},
+                                .q = (const char *)stage->b.q + (size_t)((i - begin) * stage->q_cols) * rf_kv_elem(s),
+                                .q_row_stride = stage->q_cols,
+                                .lse = s->lse + (i - begin),
+                                .lse_stride = run_rows,
+                                .num_queries = 1,
+                                .num_q_heads = s->num_q_heads,
+                                .num_kv_heads = s->num_kv_heads,
+                                .head_dim = s->head_dim,
+                                .dtype = s->model->dtype,
+                                .scale = (float)(1.0 / sqrt((double)s->head_dim)),
+                                .s1 = s->measured.s1,
+                                .out_stride = s->stats_stride,
+                                .workspace = s->workspace,
+                                .workspace_bytes = s->workspace_bytes};
         RF_TRY(s->ops->kv_columns(s->stream, &c, err));
         for (int h = 0; h < s->num_q_heads && s->measured.s1 != s->host_measured.s1; h++)
             RF_TRY(rf_stream_download(s->stream, s->host_measured.s1 + h * s->stats_stride,
@@ -186,8 +185,7 @@ static rf_status check_needles(const rf_text_model *model, const rf_kv_needle *n
         if (n->num_prompt < 1 || n->num <= n->num_prompt || n->num > model->rope_positions || n->needle_begin < 0 ||
             n->needle_end <= n->needle_begin || n->needle_end > n->num_prompt)
             return rf_fail(err, RF_ERR_ARGUMENT, "calibration: prompt %d of %d + %d tokens with a needle at %d..%d", i,
-                           (int)n->num_prompt, (int)(n->num - n->num_prompt), (int)n->needle_begin,
-                           (int)n->needle_end);
+                           (int)n->num_prompt, (int)(n->num - n->num_prompt), (int)n->needle_begin, (int)n->needle_end);
         if (n->num > *longest) *longest = n->num;
     }
     return num > 0 ? RF_OK : rf_fail(err, RF_ERR_ARGUMENT, "calibration: no prompts with a needle");
@@ -308,7 +306,8 @@ rf_status rf_kv_calibrate_layers(const rf_text_model *model, const rf_kv_needle 
         if (r.budget < r.window) r.budget = r.window;
         memset(r.change, 0, 2 * layers * sizeof *r.change);
         st = look(s, &probe, needles[i].tokens, needles[i].num, err);
-        for (size_t l = 0; st == RF_OK && l < layers; l++) error[l] += r.size[l] > 0 ? sqrt(r.change[l] / r.size[l]) : 0;
+        for (size_t l = 0; st == RF_OK && l < layers; l++)
+            error[l] += r.size[l] > 0 ? sqrt(r.change[l] / r.size[l]) : 0;
     }
     double sum = 0;
     for (size_t l = 0; st == RF_OK && l < layers; l++) sum += error[l];

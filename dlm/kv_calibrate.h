@@ -24,9 +24,9 @@ rf_status rf_kv_calibrate_razor(const rf_text_model *model, int32_t num_random, 
 rf_status rf_kv_flag_top(uint8_t *flags, const float *scores, int num, double share, rf_error *err);
 
 typedef struct {
-    const int32_t *tokens;             /* prompt and the model's answer */
-    int32_t num, num_prompt;           /* num > num_prompt: rows num_prompt - 1..num - 2 say the answer */
-    int32_t needle_begin, needle_end;  /* of the prompt */
+    const int32_t *tokens;            /* prompt and the model's answer */
+    int32_t num, num_prompt;          /* num > num_prompt: rows num_prompt - 1..num - 2 say the answer */
+    int32_t needle_begin, needle_end; /* of the prompt */
 } rf_kv_needle;
 
 /* scores [L][Hq], sums over prompts. */

@@ -77,8 +77,8 @@ struct rf_kv_session {
     unsigned prefill_needs, step_needs;
     rf_kv_tables tables;
     const rf_kv_probe *probe; /* NULL: nobody looks; the rule measures sums, the budget keeps everything */
-    unsigned needs;        /* of the prompt that is computed now */
-    rf_kv_rule draft_rule; /* drafted queries: SnapKV, behind which they are decoded */
+    unsigned needs;           /* of the prompt that is computed now */
+    rf_kv_rule draft_rule;    /* drafted queries: SnapKV, behind which they are decoded */
     unsigned draft_needs;
     int32_t draft_at; /* the token that is drafted now, -1: none */
     int32_t num_drafted;
@@ -109,10 +109,10 @@ struct rf_kv_session {
     int32_t *copy_lists;                  /* from, to, turn: [3][Hkv][list_stride], counts [Hkv] */
     float *lse, *weights;                 /* [Hq][chunk], [max_prompt + extra] */
     rf_kv_measures measured, host_measured;
-    float *anchor;        /* [Hkv][D] */
+    float *anchor;                    /* [Hkv][D] */
     char *mean_k, *mean_v, *mean_out; /* COMPENSATE: [L][U][D] twice, [B][Hq * D] */
     float *mean_logs, *mean_lse;      /* [L][B][Hq] ln of how many, [B][Hq] */
-    float *measure_block; /* all of measured */
+    float *measure_block;             /* all of measured */
     size_t measure_floats;
     void *workspace;
     size_t workspace_bytes;
@@ -136,8 +136,8 @@ struct rf_kv_session {
     size_t bounce_bytes;
     float *gate_values, *gate_rows; /* GATE: [Hkv][stats_stride], [chunk or B][hidden + Hkv] and work */
     float *step_gates;              /* [B][Hkv] of the newest tokens */
-    float *rope_mean; /* EXPECTED: [D / 2][2] */
-    double *moments;  /* EXPECTED: [Hq][D + D * D] */
+    float *rope_mean;               /* EXPECTED: [D / 2][2] */
+    double *moments;                /* EXPECTED: [Hq][D + D * D] */
     double moment_rows;
     int32_t *prompt_positions; /* 0, 1, 2, ... */
 

@@ -562,7 +562,8 @@ rf_status rf_kv_gate_step(rf_kv_session *s, int layer, const void *h, int first,
     float *gates;
     double began = rf_kv_now_ms();
     RF_TRY(apply_gate(s, layer, h, num, &gates, err));
-    memcpy(s->step_gates + (int64_t)first * s->num_kv_heads, gates, (size_t)num * (size_t)s->num_kv_heads * sizeof *gates);
+    memcpy(s->step_gates + (int64_t)first * s->num_kv_heads, gates,
+           (size_t)num * (size_t)s->num_kv_heads * sizeof *gates);
     s->info.step_score_ms += rf_kv_now_ms() - began;
     return RF_OK;
 }

@@ -33,9 +33,8 @@ static size_t max_size(size_t a, size_t b) {
 
 static rf_status check_rule(const rf_kv_rule *r, rf_error *err) {
     RF_TRY(rf_kv_rule_check(r, err));
-    static const char *const actions[RF_KV_ACTION_COUNT] = {[RF_KV_DEMOTE] = "demote",
-                                                            [RF_KV_SELECT] = "select",
-                                                            [RF_KV_SHARE] = "share"};
+    static const char *const actions[RF_KV_ACTION_COUNT] = {
+        [RF_KV_DEMOTE] = "demote", [RF_KV_SELECT] = "select", [RF_KV_SHARE] = "share"};
     if (actions[r->action] != NULL)
         return rf_fail(err, RF_ERR_UNSUPPORTED, "kv rule %s: action %s has no implementation in this executor yet",
                        r->method, actions[r->action]);

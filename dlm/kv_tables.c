@@ -114,7 +114,8 @@ static rf_status read_floats(float **out, const rf_weights *file, const char *na
                              rf_tensor *tensor, rf_error *err) {
     RF_TRY(rf_weights_get_shaped(file, name, rank, shape, tensor, err));
     if (tensor->dtype != RF_DTYPE_F32 && tensor->dtype != RF_DTYPE_F16 && tensor->dtype != RF_DTYPE_BF16)
-        return rf_fail(err, RF_ERR_DTYPE, "%s: expected f32, f16 or bf16, found %s", name, rf_dtype_name(tensor->dtype));
+        return rf_fail(err, RF_ERR_DTYPE, "%s: expected f32, f16 or bf16, found %s", name,
+                       rf_dtype_name(tensor->dtype));
     size_t num = (size_t)tensor->shape[0] * (rank > 1 ? (size_t)tensor->shape[1] : 1);
     *out = rf_alloc(num * sizeof **out);
     if (*out == NULL) return rf_fail(err, RF_ERR_MEMORY, "no memory for %s", name);
@@ -198,8 +199,8 @@ rf_status rf_kv_tables_open(rf_kv_tables *out, const rf_kv_rule *rule, const rf_
                             const char *calibration, rf_error *err) {
     *out = (rf_kv_tables){0};
     bool gates = rule->score == RF_KV_SCORE_GATE;
-    bool tables = rule->heads == RF_KV_HEADS_LIST || rule->alloc == RF_KV_ALLOC_TABLE ||
-                  rule->alloc == RF_KV_ALLOC_CLASS;
+    bool tables =
+        rule->heads == RF_KV_HEADS_LIST || rule->alloc == RF_KV_ALLOC_TABLE || rule->alloc == RF_KV_ALLOC_CLASS;
     const char *name = rule->method[0] ? rule->method : "of parts";
     if (!gates && !tables) {
         if (calibration == NULL) return RF_OK;
@@ -208,14 +209,14 @@ rf_status rf_kv_tables_open(rf_kv_tables *out, const rf_kv_rule *rule, const rf_
     }
     if (gates && tables)
         return rf_fail(err, RF_ERR_UNSUPPORTED, "KV policy %s: gates with calibrated tables want two files", name);
-    const char *file = !gates ? "kv.json" : rule->alloc == RF_KV_ALLOC_FLAT_ALL ? "retention-global.safetensors"
-                                                                                : "retention.safetensors";
+    const char *file = !gates                                ? "kv.json"
+                       : rule->alloc == RF_KV_ALLOC_FLAT_ALL ? "gates/retention-global.safetensors"
+                                                             : "gates/retention.safetensors";
     char *path = calibration ? rf_strdup(calibration) : model->folder ? rf_path_join(model->folder, file) : NULL;
     if (path == NULL && (calibration || model->folder)) return rf_fail(err, RF_ERR_MEMORY, "no memory for a path");
     rf_status st = RF_OK;
     if (path == NULL || !rf_path_exists(path))
-        st = rf_fail(err, RF_ERR_MISSING, "KV policy %s: wants %s, which is not there (%s)", name,
-                     path ? path : file,
+        st = rf_fail(err, RF_ERR_MISSING, "KV policy %s: wants %s, which is not there (%s)", name, path ? path : file,
                      gates ? "samples/train/train_gates.py makes it" : "`refrain calibrate --kv` makes it");
     if (st == RF_OK && gates) st = read_gates(out, &model->desc, path, err);
     if (st == RF_OK && tables) st = read_tables(out, rule, &model->desc, path, err);

@@ -3,7 +3,7 @@
  * kv.json            {"compresskv": {"num_layers", "num_q_heads", "heads": [[query heads that score layer 0], ...],
  *                    "layer_shares": [numbers >= 0, one a layer]}, "razor": {"num_layers", "num_q_heads", "heads": [[retrieval heads
  *                    of layer 0], ...]}}; `refrain calibrate --kv` writes it (dlm/kv_calibrate.h)
- * retention.safetensors, retention-global.safetensors (rules with alloc=flat-all)
+ * gates/retention.safetensors, gates/retention-global.safetensors (rules with alloc=flat-all)
  *                    gates: layers.L.fc1.weight [M, hidden] fc1.bias [M], fc2.weight [N, M] fc2.bias [N], fc3 likewise or absent; the
  *                    last one has Hkv rows; f32, f16 or bf16. samples/train/train_gates.py makes them */
 #ifndef RF_DLM_KV_TABLES_H

@@ -332,10 +332,10 @@ rf_status rf_kv_rule_check(const rf_kv_rule *r, rf_error *err) {
         return missing(r, "flags before attention change the prompt's own computation: not offered", err);
     if (r->heads == RF_KV_HEADS_LIST && (!attention || r->schedule != RF_KV_AT_PREFILL))
         return missing(r, "heads=list wants score=attention,schedule=prefill", err);
-    if (r->action == RF_KV_COMPENSATE &&
-        (r->schedule != RF_KV_AT_PREFILL || r->position != RF_KV_POSITION_ORIGINAL ||
-         r->alloc == RF_KV_ALLOC_CAKE || r->alloc == RF_KV_ALLOC_FLAT_ALL))
-        return missing(r, "action=compensate wants schedule=prefill,position=original and a budget known with each layer", err);
+    if (r->action == RF_KV_COMPENSATE && (r->schedule != RF_KV_AT_PREFILL || r->position != RF_KV_POSITION_ORIGINAL ||
+                                          r->alloc == RF_KV_ALLOC_CAKE || r->alloc == RF_KV_ALLOC_FLAT_ALL))
+        return missing(
+            r, "action=compensate wants schedule=prefill,position=original and a budget known with each layer", err);
     if (r->action == RF_KV_DEMOTE) return missing(r, "demotion to fewer bits is not implemented yet", err);
     if (r->action == RF_KV_SELECT) return missing(r, "selection while reading is not implemented yet", err);
     if (r->action == RF_KV_SHARE) return missing(r, "sharing between layers is not implemented yet", err);
@@ -362,18 +362,21 @@ rf_status rf_kv_rule_check(const rf_kv_rule *r, rf_error *err) {
     bool own_values = r->value == RF_KV_VALUE_NORM || r->value == RF_KV_VALUE_WO ||
                       (is_caote(r->value) && r->queries == RF_KV_QUERIES_ALL && r->schedule != RF_KV_AT_PREFILL);
     if (r->heads != RF_KV_HEADS_NONE && own_values)
-        return missing(r, "heads=mean and heads=list give all heads of a layer one set: this value term is each head's own", err);
+        return missing(
+            r, "heads=mean and heads=list give all heads of a layer one set: this value term is each head's own", err);
     if ((r->value == RF_KV_VALUE_WO || r->score == RF_KV_SCORE_EXPECTED) && r->schedule != RF_KV_AT_PREFILL)
         return missing(r, "this score is of a prompt: schedule=prefill", err);
     bool structured =
         r->score == RF_KV_SCORE_POSITION || r->score == RF_KV_SCORE_LADDER || r->score == RF_KV_SCORE_TREE;
     bool by_position = r->score == RF_KV_SCORE_POSITION;
-    if (structured && r->alloc != RF_KV_ALLOC_UNIFORM && !(by_position && (r->alloc == RF_KV_ALLOC_CLASS || r->alloc == RF_KV_ALLOC_TABLE)))
+    if (structured && r->alloc != RF_KV_ALLOC_UNIFORM &&
+        !(by_position && (r->alloc == RF_KV_ALLOC_CLASS || r->alloc == RF_KV_ALLOC_TABLE)))
         return missing(r, "this score goes with alloc=uniform (score=position: also table, class)", err);
     if ((r->score == RF_KV_SCORE_LADDER || r->score == RF_KV_SCORE_TREE) && r->schedule != RF_KV_AT_STEP)
         return missing(r, "this score goes with schedule=step", err);
     if (r->heads != RF_KV_HEADS_NONE && (r->alloc == RF_KV_ALLOC_FLAT_HEADS || r->alloc == RF_KV_ALLOC_FLAT_ALL))
-        return missing(r, "heads=mean and heads=list give all heads of a layer one set: alloc=flat-* would tear it", err);
+        return missing(r, "heads=mean and heads=list give all heads of a layer one set: alloc=flat-* would tear it",
+                       err);
     if (r->reduce == RF_KV_REDUCE_DECAY && attention && r->queries != RF_KV_QUERIES_ALL)
         return missing(r, "reduce=decay wants queries=all", err);
     return RF_OK;

@@ -49,7 +49,8 @@ static args_result read_args(calibrate_args *a, int argc, char **argv) {
     int num = 0;
     const arg_option options[] = {
         arg_string("model", 'm', "DIR", "of images or a world; a shipped one's name (objects)", &a->model),
-        arg_int("num", 'n', "N", "pictures, or walks of a world (default: 4); --kv: prompts (48)", &a->num_images, 1, 4096),
+        arg_int("num", 'n', "N", "pictures, or walks of a world (default: 4); --kv: prompts (48)", &a->num_images, 1,
+                4096),
         arg_flag("kv", 0, "tables of cache rules of a text model (text-ar): retrieval heads, shares of layers", &a->kv),
         arg_int("frames", 0, "N", "of a walk, with the first (default: 12)", &a->num_frames, 2, 1000),
         arg_int("steps", 0, "N", "denoising steps (default: 50; a world's own)", &a->num_steps, 2, 10000),

@@ -1,8 +1,8 @@
 """Trains retention gates of the shipped autoregressive model (TRIM-KV, arXiv 2512.03324; with --share-budget Make Each Token Count):
 a small network a layer says from a token's hidden state how long its key and value are worth keeping. The model itself is frozen.
 
-    python train_gates.py --corpus TEXT --out ../models/text-ar/retention.safetensors --seconds 180
-    python train_gates.py --corpus TEXT --out ../models/text-ar/retention-global.safetensors --seconds 180 --share-budget
+    python train_gates.py --corpus TEXT --out ../models/text-ar/gates/retention.safetensors --seconds 180
+    python train_gates.py --corpus TEXT --out ../models/text-ar/gates/retention-global.safetensors --seconds 180 --share-budget
     python train_gates.py --corpus TEXT --out /tmp/gates.safetensors --smoke                     a few tiny steps on any machine
 
 Gate of a layer: h (the normed input of its attention) -> 64 -> key heads, SiLU between, log beta = logsigmoid; --share-budget has one
@@ -104,6 +104,7 @@ def draw(tasks, rng, rows, length, device):
 
 def write(path, gates):
     from safetensors.torch import save_file
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     tensors = {f"layers.{i}.fc{p + 1}.{n}": getattr(part, n).detach().cpu().to(torch.float16).contiguous()
                for i, gate in enumerate(gates) for p, part in enumerate(gate.parts) for n in ("weight", "bias")}
     save_file(tensors, str(path), metadata={"format": "pt"})
@@ -128,7 +129,7 @@ def main():
     a = parser.parse_args()
     start = time.time()
     if a.smoke:
-        a.rows, a.length, a.memory = 2, 160, 24
+        a.rows, a.length, a.memory = 2, 400, 24
     device = torch.device("cuda" if torch.cuda.is_available() and not a.smoke else "cpu")
     torch.manual_seed(a.seed)
     rng = np.random.default_rng(a.seed)

@@ -1030,7 +1030,9 @@ END_TEST
 START_TEST(named_methods_run) {
     float shares[LAYERS] = {0.5f, 0.2f, 0.3f};
     uint8_t classes[LAYERS * QUERY_HEADS] = {0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0};
-    rf_kv_shape s = {LAYERS, QUERY_HEADS, KEY_HEADS, DIM, 700, 300, shares, classes};
+    uint8_t list[LAYERS * QUERY_HEADS];
+    memset(list, 1, sizeof list);
+    rf_kv_shape s = {LAYERS, QUERY_HEADS, KEY_HEADS, DIM, 700, 300, shares, classes, list};
     rf_error err = {0};
     int dropped = 0, refused = 0;
     for (int i = 0; i < rf_kv_num_methods(); i++) {

@@ -160,9 +160,9 @@ END_TEST
 
 START_TEST(parts_that_do_not_go_together_are_refused) {
     static const char *const specs[] = {"kivi",
-                                        "trimkv",
+                                        "attention-gate",
                                         "tokenselect",
-                                        "razor",
+                                        "h2o:action=compensate",
                                         "snapkv:pool=avg,pool_size=4",
                                         "score=knorm,alloc=cake",
                                         "streaming:alloc=flat-heads",

@@ -78,7 +78,8 @@ static const char tables[] = "{\"compresskv\": {\"num_layers\": 3, \"num_q_heads
 /* Attention of the last layer's newest query over what is kept and `dropped` copies of the mean key and value. */
 START_TEST(a_mean_slot_counts_as_often_as_tokens_were_dropped) {
     enum { LEN = 70, BUDGET = 12 };
-    static const char *const rules[] = {"score=position,sinks=3,action=compensate", "snapkv:window=4,action=compensate"};
+    static const char *const rules[] = {"score=position,sinks=3,action=compensate",
+                                        "snapkv:window=4,action=compensate"};
     fixture f = open_model();
     int32_t prompt[LEN];
     draw_tokens(prompt, LEN);
@@ -137,9 +138,9 @@ START_TEST(nothing_dropped_is_the_plain_cache) {
     static float logits[2][300];
     for (int i = 0; i < 2; i++) {
         rf_kv_session *s = NULL;
-        rf_assert_ok(try_session(&s, &f, i ? "score=position,sinks=3,action=compensate" : "none", NULL, i ? LEN : 0,
-                                 LEN, 1),
-                     f.err);
+        rf_assert_ok(
+            try_session(&s, &f, i ? "score=position,sinks=3,action=compensate" : "none", NULL, i ? LEN : 0, LEN, 1),
+            f.err);
         rf_kv_draw draw = {.keep_logits = true};
         rf_assert_ok(rf_kv_session_set_draw(s, &draw, &f.err), f.err);
         rf_assert_ok(rf_kv_session_prefill(s, 0, prompt, LEN, 0, 0, 0.0, &f.err), f.err);
@@ -168,8 +169,7 @@ START_TEST(retrieval_heads_keep_everything) {
             bool retrieves = (l == 0 && h == 1) || (l == 2 && h == 0);
             int32_t num = positions(&f, s, l, h, got);
             ck_assert_int_eq(num, retrieves ? LEN : BUDGET);
-            for (int32_t i = 0; i < num; i++)
-                ck_assert_int_eq(got[i], retrieves || i < 4 ? i : LEN - BUDGET + i);
+            for (int32_t i = 0; i < num; i++) ck_assert_int_eq(got[i], retrieves || i < 4 ? i : LEN - BUDGET + i);
         }
     rf_kv_session_destroy(s);
     close_model(&f);
@@ -185,8 +185,14 @@ START_TEST(listed_heads_score_a_layer) {
     const float shares[LAYERS] = {1, 2, 3};
     rf_kv_rule rule;
     rf_assert_ok(rf_kv_rule_parse(&rule, "compresskv", &f.err), f.err);
-    rf_kv_shape shape = {.num_layers = LAYERS, .num_q_heads = Q_HEADS, .num_kv_heads = KV_HEADS, .head_dim = 16,
-                         .max_prompt = LEN, .max_new = 4, .layer_shares = shares, .head_list = list};
+    rf_kv_shape shape = {.num_layers = LAYERS,
+                         .num_q_heads = Q_HEADS,
+                         .num_kv_heads = KV_HEADS,
+                         .head_dim = 16,
+                         .max_prompt = LEN,
+                         .max_new = 4,
+                         .layer_shares = shares,
+                         .head_list = list};
     rf_kv_book *book = NULL;
     rf_assert_ok(rf_kv_book_create(&book, &rule, &shape, BUDGET, 0, &f.err), f.err);
     float s1[Q_HEADS * LEN];
@@ -244,7 +250,8 @@ START_TEST(flags_are_the_largest) {
     ck_assert(memcmp(flags, want, 6) == 0);
     /* repeats: the first layer's keys do not know their place, so attention is bounded by 1 and the same twice */
     float echo[2][LAYERS * Q_HEADS], induction[2][LAYERS * Q_HEADS];
-    for (int i = 0; i < 2; i++) rf_assert_ok(rf_kv_calibrate_razor(f.model, 12, 3, echo[i], induction[i], &f.err), f.err);
+    for (int i = 0; i < 2; i++)
+        rf_assert_ok(rf_kv_calibrate_razor(f.model, 12, 3, echo[i], induction[i], &f.err), f.err);
     ck_assert(memcmp(echo[0], echo[1], sizeof echo[0]) == 0);
     ck_assert(memcmp(induction[0], induction[1], sizeof induction[0]) == 0);
     double sum = 0;
@@ -343,8 +350,7 @@ START_TEST(gates_keep_what_they_say) {
             double x[HIDDEN], square = 0;
             for (int c = 0; c < HIDDEN; c++) x[c] = (double)embedding[tokens[i] * HIDDEN + c];
             for (int c = 0; c < HIDDEN; c++) square += x[c] * x[c];
-            for (int c = 0; c < HIDDEN; c++)
-                x[c] *= (double)weight[c] / sqrt(square / HIDDEN + f.model->desc.norm_eps);
+            for (int c = 0; c < HIDDEN; c++) x[c] *= (double)weight[c] / sqrt(square / HIDDEN + f.model->desc.norm_eps);
             beta[i] = log_retention(&gates[0], x, h);
         }
         int32_t keep[LEN + STEPS], num = LEN;
@@ -376,8 +382,7 @@ START_TEST(gates_keep_what_they_say) {
         ck_assert_int_lt(rf_kv_session_get_info(s).kept_slots, most);
         for (int l = 0; l < LAYERS; l++) /* what attention reads is what the book says, in every layer */
             for (int h = 0; h < KV_HEADS; h++)
-                ck_assert_int_eq(s->lens[rf_kv_unit_at(s, l, 0) + h],
-                                 rf_kv_book_head(s->sequences[0].book, l, h)->num);
+                ck_assert_int_eq(s->lens[rf_kv_unit_at(s, l, 0) + h], rf_kv_book_head(s->sequences[0].book, l, h)->num);
     }
     rf_kv_session_destroy(s);
     close_model(&f);
@@ -411,8 +416,9 @@ START_TEST(wrong_files_are_refused) {
     /* a layer without a listed head; a negative share */
     static const char empty[] = "{\"compresskv\": {\"num_layers\": 3, \"num_q_heads\": 4, \"heads\": [[], [0], [0]],"
                                 " \"layer_shares\": [1, 1, 1]}}";
-    static const char negative[] = "{\"compresskv\": {\"num_layers\": 3, \"num_q_heads\": 4, \"heads\": [[0], [0], [0]],"
-                                   " \"layer_shares\": [1, -1, 1]}}";
+    static const char negative[] =
+        "{\"compresskv\": {\"num_layers\": 3, \"num_q_heads\": 4, \"heads\": [[0], [0], [0]],"
+        " \"layer_shares\": [1, -1, 1]}}";
     write_file(&f, "kv.json", empty, sizeof empty - 1);
     ck_assert_int_eq(try_session(&s, &f, "compresskv", f.path, 20, 40, 1), RF_ERR_CONFIG);
     write_file(&f, "kv.json", negative, sizeof negative - 1);
