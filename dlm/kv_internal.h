@@ -1,7 +1,7 @@
 /* dlm/kv_internal.h - what the files of the budgeted executor share. Internal to dlm/.
  *
  * kv_session.c plans a session, takes prompts and reads results; kv_prefill.c runs a prompt layer by layer; kv_measure.c
- * makes what a rule wants to know; kv_step.c runs tokens behind it.
+ * makes what a rule wants to know; kv_step.c runs tokens behind it; kv_select.c lets their attention read a few of all slots.
  * Units u = sequence * Hkv + key head: a layer's lists stand in that order. */
 #ifndef RF_DLM_KV_INTERNAL_H
 #define RF_DLM_KV_INTERNAL_H
@@ -141,6 +141,8 @@ struct rf_kv_session {
     double moment_rows;
     int32_t *prompt_positions; /* 0, 1, 2, ... */
 
+    struct rf_kv_select *select; /* rules that read a few of all slots, or NULL */
+
     rf_graph *graphs[RF_KV_GRAPHS];
     bool graph_planned[RF_KV_GRAPHS];
 
@@ -226,6 +228,25 @@ rf_attention_args rf_kv_mean_attention(const rf_kv_session *s, int layer, int fi
 
 /* Shows the probe the rows that it wants, behind their attention in a run of run_rows. Waits. */
 rf_status rf_kv_probe_rows(rf_kv_session *s, int layer, int32_t begin, int32_t rows, int64_t run_rows, rf_error *err);
+
+/* --- kv_select.c --- */
+
+/* For rules of action SELECT: session.select. mirrors: keys have a copy on the host even where the pool lies there. */
+rf_status rf_kv_select_create(rf_kv_session *s, bool mirrors, rf_error *err);
+void rf_kv_select_destroy(rf_kv_session *s);
+/* A prompt's rows begin.. of a layer, queries turned in the staging session: those that a rule calibrates on are kept. */
+rf_status rf_kv_select_rows(rf_kv_session *s, int32_t num, int32_t begin, int32_t rows, rf_error *err);
+/* Behind the choice of a prompt's layer: what selection wants to know of its keys. */
+rf_status rf_kv_select_prompt(rf_kv_session *s, int layer, int sequence, const int32_t *tokens, int32_t num,
+                              const rf_kv_stats *stats, rf_error *err);
+/* Behind the append of a step: lists of what this layer's attention reads, of sequences first... Waits. */
+rf_status rf_kv_select_step(rf_kv_session *s, int layer, int first, int num, rf_error *err);
+/* Those lists in place of all slots. */
+void rf_kv_select_attention(const rf_kv_session *s, int first, rf_attention_args *args);
+/* What is kept beside the slots. */
+size_t rf_kv_select_bytes(const rf_kv_session *s);
+/* Slots that the last step's last layer read of a unit (kv_step.c), for tests. */
+const int32_t *rf_kv_select_last(const rf_kv_session *s, int64_t unit, int32_t *num);
 
 /* --- kv_step.c --- */
 

@@ -87,6 +87,7 @@ static rf_status chunk_layer(rf_kv_session *s, int layer, const chunk *c, const 
     RF_TRY(rf_text_qkv_rope(&run, layer, run.shape.rows, rf_text_at(&run, run.at.positions), err));
     if ((s->needs & RF_KV_NEED_GATE) && !c->pseudo)
         RF_TRY(rf_kv_gate_prompt(s, layer, stage->b.h, c->begin, c->rows, err));
+    if (s->select && !c->pseudo) RF_TRY(rf_kv_select_rows(s, num, c->begin, c->rows, err));
     bool measures = rf_kv_measures_rows(s, num, c->begin, c->rows, c->pseudo);
     if (measures || goes_on || s->probe) {
         RF_TRY(rf_text_attend(&run, layer, run.shape.rows, s->lse, err));
@@ -155,7 +156,7 @@ static rf_status copy_kept(rf_kv_session *s, int layer, int sequence, rf_error *
     return s->ops->kv_copy(s->stream, &args, err);
 }
 
-static rf_status choose(rf_kv_session *s, int layer, int sequence, int32_t num, rf_error *err) {
+static rf_status choose(rf_kv_session *s, int layer, int sequence, const int32_t *tokens, int32_t num, rf_error *err) {
     RF_TRY(rf_kv_wait(s, err));
     double began = rf_kv_now_ms();
     rf_kv_stats stats;
@@ -165,6 +166,7 @@ static rf_status choose(rf_kv_session *s, int layer, int sequence, int32_t num, 
     RF_TRY(rf_kv_join_prompt(s, layer, sequence, num, err));
     RF_TRY(copy_kept(s, layer, sequence, err));
     RF_TRY(rf_kv_wait(s, err));
+    if (s->select) RF_TRY(rf_kv_select_prompt(s, layer, sequence, tokens, num, &stats, err));
     s->info.score_ms += rf_kv_now_ms() - began;
     return RF_OK;
 }
@@ -194,7 +196,7 @@ static rf_status run_layers(rf_kv_session *s, int sequence, const int32_t *token
             /* only the first layer reads tokens; later the lists are used otherwise */
             st = chunk_layer(s, l, &c, l == 0 ? pseudo : tokens, num, !last_layer, err);
         }
-        if (st == RF_OK) st = choose(s, l, sequence, num, err);
+        if (st == RF_OK) st = choose(s, l, sequence, tokens, num, err);
     }
     s->stage->b.x = x;
     return st;

@@ -34,7 +34,7 @@ static size_t max_size(size_t a, size_t b) {
 static rf_status check_rule(const rf_kv_rule *r, rf_error *err) {
     RF_TRY(rf_kv_rule_check(r, err));
     static const char *const actions[RF_KV_ACTION_COUNT] = {
-        [RF_KV_DEMOTE] = "demote", [RF_KV_SELECT] = "select", [RF_KV_SHARE] = "share"};
+        [RF_KV_DEMOTE] = "demote", [RF_KV_SHARE] = "share"};
     if (actions[r->action] != NULL)
         return rf_fail(err, RF_ERR_UNSUPPORTED, "kv rule %s: action %s has no implementation in this executor yet",
                        r->method, actions[r->action]);
@@ -71,6 +71,7 @@ static rf_status check_options(const rf_text_model *model, rf_kv_session_options
 
 /* What a rule protects: no budget is smaller. */
 static int32_t least_budget(const rf_kv_rule *r) {
+    if (r->action == RF_KV_SELECT) return 1;
     int64_t least = (int64_t)r->sinks + (r->recents > 0 ? r->recents : 0) + (r->last ? 1 : 0);
     if (r->score == RF_KV_SCORE_ATTENTION && r->queries == RF_KV_QUERIES_WINDOW && !r->open_window) least += r->window;
     return least < 1 ? 1 : least > INT32_MAX ? INT32_MAX : (int32_t)least;
@@ -80,6 +81,10 @@ static int32_t least_budget(const rf_kv_rule *r) {
 static int32_t resolve_budget(const rf_kv_rule *r, int32_t budget, double ratio, int32_t num) {
     if (r->score == RF_KV_SCORE_NONE) return 0;
     if (budget > 0) return budget;
+    if (r->action == RF_KV_SELECT && ratio <= 0.0) { /* the rule's own size */
+        int64_t own = (int64_t)r->init + r->select + r->local;
+        return own < INT32_MAX ? (int32_t)own : INT32_MAX;
+    }
     if (ratio <= 0.0 || ratio >= 1.0) return 0;
     int32_t of_prompt = (int32_t)(ratio * (double)num), least = least_budget(r);
     return of_prompt > least ? of_prompt : least;
@@ -462,6 +467,7 @@ static rf_status create(rf_kv_session *s, bool may_use_device, rf_error *err) {
     s->stream = s->stage->stream;
     plan_sizes(s);
     RF_TRY(allocate(s, err));
+    if (s->rule.action == RF_KV_SELECT && s->rule.score != RF_KV_SCORE_NONE) RF_TRY(rf_kv_select_create(s, may_use_device, err));
     return s->host ? RF_OK : rf_kv_plan_steps(s, err);
 }
 
@@ -495,6 +501,7 @@ void rf_kv_session_destroy(rf_kv_session *s) {
     if (s == NULL) return;
     if (s->stage) rf_kv_wait(s, NULL);
     for (int i = 0; i < RF_KV_GRAPHS; i++) rf_graph_destroy(s->graphs[i]);
+    rf_kv_select_destroy(s);
     for (int b = 0; s->sequences && b < s->batch; b++) {
         rf_kv_book_destroy(s->sequences[b].book);
         rf_kv_book_destroy(s->sequences[b].draft_book);
@@ -803,8 +810,8 @@ rf_kv_session_info rf_kv_session_get_info(const rf_kv_session *s) {
     size_t slot = 2 * (size_t)s->head_dim * rf_kv_elem(s);
     /* row and position of a slot, and what rules keep with it */
     size_t list = s->rule.score == RF_KV_SCORE_NONE ? sizeof(int32_t) : 2 * sizeof(int32_t);
-    if (s->rule.score != RF_KV_SCORE_NONE && s->rule.schedule != RF_KV_AT_PREFILL) list += sizeof(float);
-    info.kept_bytes = (size_t)info.kept_slots * (slot + list);
+    if (s->rule.score != RF_KV_SCORE_NONE && s->rule.schedule != RF_KV_AT_PREFILL && !s->select) list += sizeof(float);
+    info.kept_bytes = (size_t)info.kept_slots * (slot + list) + rf_kv_select_bytes(s);
     if (s->rule.action == RF_KV_COMPENSATE)
         for (int b = 0; b < s->batch; b++)
             info.kept_bytes += s->sequences[b].ready ? (size_t)heads * (slot + sizeof(float)) : 0;

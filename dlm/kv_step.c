@@ -200,7 +200,7 @@ static rf_status evict_all(rf_kv_session *s, int layer, int first, int num, int6
 }
 
 static bool decides_late(const rf_kv_session *s) {
-    return !s->on_device && s->step_needs == 0 && s->rule.score != RF_KV_SCORE_NONE &&
+    return !s->on_device && s->select == NULL && s->step_needs == 0 && s->rule.score != RF_KV_SCORE_NONE &&
            s->rule.schedule != RF_KV_AT_PREFILL;
 }
 
@@ -221,6 +221,11 @@ static rf_status decide(rf_kv_session *s, int layer, int first, int num, rf_erro
     }
     s->info.step_score_ms += rf_kv_now_ms() - began;
     return RF_OK;
+}
+
+/* Not while a step is planned. */
+static bool selects(const rf_kv_session *s) {
+    return s->select != NULL && s->rule.score != RF_KV_SCORE_NONE;
 }
 
 static rf_status queue_layer(rf_kv_session *s, int layer, int first, int num, int64_t kv_len, rf_error *err) {
@@ -244,6 +249,10 @@ static rf_status queue_layer(rf_kv_session *s, int layer, int first, int num, in
         RF_TRY(rf_stream_copy(s->stream, rows_at(s, s->draft_q, (int64_t)layer * s->rule.drafts + s->draft_at, q_cols),
                               rows_at(s, b->q, first, q_cols), (size_t)q_cols * rf_kv_elem(s), err));
     rf_attention_args attention = rf_kv_step_attention(s, layer, first, num, kv_len);
+    if (selects(s)) {
+        RF_TRY(rf_kv_select_step(s, layer, first, num, err));
+        rf_kv_select_attention(s, first, &attention);
+    }
     RF_TRY(s->ops->attention(s->stream, &attention, err));
     RF_TRY(rf_kv_join_mean(s, layer, first, num, err));
     if (s->on_device)
@@ -295,7 +304,7 @@ static int64_t bucket_keys(const rf_kv_session *s, int64_t most, int *graph) {
 /* Steps in which the host measures are not captured. */
 static bool can_capture(const rf_kv_session *s) {
     return rf_backend_has_graphs(s->backend) && s->options.use_graphs && s->step_needs == 0 && s->draft_at < 0 &&
-           (!rf_kv_in_cache_order(s) || heads_are_alike(s));
+           s->select == NULL && (!rf_kv_in_cache_order(s) || heads_are_alike(s));
 }
 
 static rf_status launch(rf_kv_session *s, int first, int num, int64_t most, bool head, rf_error *err) {

@@ -112,6 +112,13 @@ typedef enum {
     RF_KV_AT_EVERY,       /* behind the prompt and after every `every` generated tokens, down to the budget */
     RF_KV_AT_HIGH         /* when a head reaches budget + buffer, down to the budget */
 } rf_kv_schedule;
+typedef enum {                     /* of RF_KV_SELECT: how what is read is found (caching/kv/select.h) */
+               RF_KV_BY_VOTE = 0,  /* one list a layer: heads' probabilities over candidates, summed (TokenSelect) */
+               RF_KV_BY_PAIRS,     /* logits of a head's best rotary pairs (FASA) */
+               RF_KV_BY_SENTENCES, /* whole sentences by their mean key (SentenceKV) */
+               RF_KV_BY_PAGES      /* whole pages of near keys by their mean key (after IceCache) */
+} rf_kv_selector;
+#define RF_KV_DELIMITERS 4
 typedef enum { RF_KV_POSITION_ORIGINAL = 0, RF_KV_POSITION_CACHE, RF_KV_POSITION_DELTA } rf_kv_position;
 
 typedef struct {
@@ -151,8 +158,11 @@ typedef struct {
     double redundancy;                            /* SkipKV: weight 1 - sigma of redundancy; 0 = off */
     int32_t bits, low_bits, group_size, residual; /* DEMOTE */
     double high_share;                            /* DEMOTE: part at `bits`, the rest at low_bits */
-    int32_t select, init, local;                  /* SELECT: read so many, and always the first and last */
-    int32_t select_dims;                          /* FASA */
+    rf_kv_selector selector;
+    int32_t select, init,
+        local;           /* SELECT: read so many, and always the first and last; under a budget: in proportion */
+    int32_t select_dims; /* FASA */
+    int32_t delimiters[RF_KV_DELIMITERS]; /* SentenceKV: ids of tokens that end a sentence, -1 none */
     uint64_t seed;
 } rf_kv_rule;
 

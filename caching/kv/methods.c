@@ -96,14 +96,18 @@ static const row rows[] = {
      WINDOW_OF(32) ",reduce=meanvar,gamma=200,pool=avg,pool_size=5,action=demote,bits=16,low_bits=8,schedule=step"},
     {{"minicache", "neighbouring layers share directions", "MiniCache, arXiv 2405.14366"},
      "score=position,action=share"},
-    {{"tokenselect", "all stay, the voted few are read", "TokenSelect, arXiv 2411.02886"},
-     "score=attention,queries=last,action=select,schedule=step,init=128,local=512,select=2048"},
-    {{"fasa", "all stay, the best by a few rotary pairs are read", "FASA"},
-     "score=attention,queries=last,action=select,schedule=step,select=256,select_dims=32"},
-    {{"sentencekv", "all stay, whole sentences are read", "SentenceKV, arXiv 2504.00970"},
-     WINDOW_OF(32) ",action=select,schedule=step,init=32,local=32"},
-    {{"icecache", "all stay off the card, pages of near keys are read", "IceCache"},
-     "score=attention,queries=last,action=select,schedule=step,page=16,select=256"},
+    {{"tokenselect", "all stay; the few that all heads of a layer vote for are read", "TokenSelect, arXiv 2411.02886"},
+     "score=attention,queries=last,action=select,schedule=step,selector=vote,init=128,local=512,select=2048"},
+    {{"fasa", "all stay; the best by a head's few most telling rotary pairs are read", "FASA"},
+     "score=attention,queries=last,window=8,action=select,schedule=step,selector=pairs,init=0,local=1,select=256,"
+     "select_dims=32"},
+    /* newline, ';', ',' and '.' of the shipped models' tokenizer */
+    {{"sentencekv", "all stay; whole sentences are read", "SentenceKV, arXiv 2504.00970"},
+     WINDOW_OF(32) ",reduce=sum,pool=max,pool_size=7,action=select,schedule=step,selector=sentences,init=32,local=32,"
+                   "delimiter1=204,delimiter2=32,delimiter3=17,delimiter4=19"},
+    {{"icecache", "all stay; whole pages of near keys are read, from the third layer on", "after IceCache"},
+     "score=attention,queries=last,action=select,schedule=step,selector=pages,page=16,init=4,local=16,select=256,"
+     "skip_layers=2"},
 };
 
 int rf_kv_num_methods(void) {
@@ -144,14 +148,15 @@ rf_kv_rule rf_kv_rule_plain(void) {
                         .select = 256,
                         .init = 4,
                         .local = 32,
-                        .select_dims = 32};
+                        .select_dims = 32,
+                        .delimiters = {-1, -1, -1, -1}};
 }
 
 bool rf_kv_method_find(rf_kv_rule *out, const char *name) {
     for (int i = 0; i < rf_kv_num_methods(); i++) {
         if (strcmp(rows[i].method.name, name) != 0) continue;
         rf_kv_rule rule = rf_kv_rule_plain();
-        char text[256];
+        char text[320];
         snprintf(text, sizeof text, "%s", rows[i].parts);
         for (char *next = text, *at; (at = next) != NULL;) {
             next = strchr(at, ',');

@@ -80,10 +80,15 @@ static const key keys[] = {
     INT("group_size", group_size, "32", 1, 4096, "elements that share a scale"),
     INT("residual", residual, "32", 0, 1048576, "newest tokens in full"),
     REAL("high_share", high_share, "0.5", 0, 1, "the better part"),
-    INT("select", select, "256", 1, 1048576, "of action=select: tokens read"),
+    CHOICE("selector", selector, "vote", "vote pairs sentences pages", "of action=select: what is ranked"),
+    INT("select", select, "256", 1, 1048576, "of action=select: tokens read (a budget counts init and local too)"),
     INT("init", init, "4", 0, 1048576, "first ones always read"),
     INT("local", local, "32", 0, 1048576, "newest ones always read"),
-    INT("select_dims", select_dims, "32", 1, 4096, "of the proxy"),
+    INT("select_dims", select_dims, "32", 2, 4096, "of selector=pairs: elements of a key that are looked at"),
+    INT("delimiter1", delimiters[0], "-1", -1, 2147483647, "of selector=sentences: a token that ends one; -1: none"),
+    INT("delimiter2", delimiters[1], "-1", -1, 2147483647, "another"),
+    INT("delimiter3", delimiters[2], "-1", -1, 2147483647, "another"),
+    INT("delimiter4", delimiters[3], "-1", -1, 2147483647, "another"),
     INT("seed", seed, "0", 0, 4294967295.0, "of score=random"),
 };
 #define NUM_KEYS ((int)(sizeof keys / sizeof keys[0]))
@@ -323,6 +328,24 @@ static bool is_caote(rf_kv_value value) {
     return value == RF_KV_VALUE_CAOTE || value == RF_KV_VALUE_FASTCAOTE;
 }
 
+static rf_status check_select(const rf_kv_rule *r, rf_error *err) {
+    if (r->position != RF_KV_POSITION_ORIGINAL)
+        return missing(r, "action=select reads keys as they are turned: position=original", err);
+    if (r->alloc != RF_KV_ALLOC_UNIFORM || r->crush_share > 0 || r->value != RF_KV_VALUE_NONE ||
+        r->sentence_penalty > 0 || r->redundancy > 0)
+        return missing(r, "action=select goes with alloc=uniform and without value terms, crushing and penalties", err);
+    if (r->selector != RF_KV_BY_SENTENCES) return RF_OK;
+    bool ends = false;
+    for (int i = 0; i < RF_KV_DELIMITERS; i++) ends |= r->delimiters[i] >= 0;
+    if (!ends) return missing(r, "selector=sentences wants token ids that end a sentence (delimiter1=ID)", err);
+    if (r->score != RF_KV_SCORE_ATTENTION || r->queries != RF_KV_QUERIES_WINDOW || r->group == RF_KV_OVER_NONE ||
+        r->reduce == RF_KV_REDUCE_DECAY)
+        return missing(r, "selector=sentences wants the attention of a window (score=attention,queries=window)", err);
+    if (r->pool != RF_KV_POOL_NONE && r->pool_size % 2 == 0)
+        return rf_fail(err, RF_ERR_ARGUMENT, "KV policy: pool_size=%d is not odd", r->pool_size);
+    return RF_OK;
+}
+
 rf_status rf_kv_rule_check(const rf_kv_rule *r, rf_error *err) {
     bool attention = r->score == RF_KV_SCORE_ATTENTION, learned = r->score == RF_KV_SCORE_GATE;
     if (strcmp(r->method, "fastkv") == 0)
@@ -337,7 +360,7 @@ rf_status rf_kv_rule_check(const rf_kv_rule *r, rf_error *err) {
         return missing(
             r, "action=compensate wants schedule=prefill,position=original and a budget known with each layer", err);
     if (r->action == RF_KV_DEMOTE) return missing(r, "demotion to fewer bits is not implemented yet", err);
-    if (r->action == RF_KV_SELECT) return missing(r, "selection while reading is not implemented yet", err);
+    if (r->action == RF_KV_SELECT) return check_select(r, err);
     if (r->action == RF_KV_SHARE) return missing(r, "sharing between layers is not implemented yet", err);
     if (r->sentence_penalty > 0 || r->redundancy > 0)
         return missing(r, "redundancy of tokens and sentences is not implemented yet", err);
@@ -402,6 +425,7 @@ static bool merges(const rf_kv_rule *r) {
 unsigned rf_kv_needs_prefill(const rf_kv_rule *r) {
     unsigned needs = of_score(r);
     if (r->score == RF_KV_SCORE_NONE) return 0;
+    if (r->action == RF_KV_SELECT && r->selector != RF_KV_BY_SENTENCES) return 0;
     if (r->score == RF_KV_SCORE_RECURRENCE) needs |= RF_KV_NEED_PEAK;
     if (r->score == RF_KV_SCORE_ATTENTION) {
         if (is_loss(r->value))
@@ -421,7 +445,7 @@ unsigned rf_kv_needs_prefill(const rf_kv_rule *r) {
 }
 
 unsigned rf_kv_needs_step(const rf_kv_rule *r) {
-    if (r->schedule == RF_KV_AT_PREFILL || r->score == RF_KV_SCORE_NONE) return 0;
+    if (r->schedule == RF_KV_AT_PREFILL || r->score == RF_KV_SCORE_NONE || r->action == RF_KV_SELECT) return 0;
     unsigned needs = of_score(r);
     if (r->score == RF_KV_SCORE_RECURRENCE) needs |= RF_KV_NEED_SUM;
     if (r->score == RF_KV_SCORE_ATTENTION) {

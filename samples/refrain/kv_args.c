@@ -46,7 +46,8 @@ void kv_apply(const kv_setting *s, rf_decode_options *o) {
     bool sized = s->budget > 0 || s->ratio > 0;
     o->kv = &s->rule;
     o->kv_budget = s->budget;
-    o->kv_ratio = s->budget > 0 ? 0 : sized ? s->ratio : 1;
+    /* 0: a selecting rule's own size */
+    o->kv_ratio = s->budget > 0 ? 0 : sized ? s->ratio : s->rule.action == RF_KV_SELECT ? 0 : 1;
     o->kv_context = 0;
 }
 

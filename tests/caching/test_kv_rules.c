@@ -80,7 +80,8 @@ static bool same_rule(const rf_kv_rule *a, const rf_kv_rule *b) {
                 a->ladder_overlap == b->ladder_overlap && a->future == b->future && a->page == b->page &&
                 a->bits == b->bits && a->low_bits == b->low_bits && a->group_size == b->group_size &&
                 a->residual == b->residual && a->select == b->select && a->init == b->init && a->local == b->local &&
-                a->select_dims == b->select_dims && a->seed == b->seed;
+                a->select_dims == b->select_dims && a->seed == b->seed && a->selector == b->selector &&
+                memcmp(a->delimiters, b->delimiters, sizeof a->delimiters) == 0;
     return parts && kept && rest && memcmp(x, y, sizeof x) == 0;
 }
 
@@ -161,8 +162,8 @@ END_TEST
 START_TEST(parts_that_do_not_go_together_are_refused) {
     static const char *const specs[] = {"kivi",
                                         "attention-gate",
-                                        "tokenselect",
                                         "h2o:action=compensate",
+                                        "tokenselect:alloc=pyramid",
                                         "snapkv:pool=avg,pool_size=4",
                                         "score=knorm,alloc=cake",
                                         "streaming:alloc=flat-heads",

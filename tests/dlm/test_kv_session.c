@@ -637,6 +637,7 @@ START_TEST(wrong_calls_are_refused_in_one_line) {
     rf_kv_session_destroy(s);
 
     rule.action = RF_KV_SELECT;
+    rule.position = RF_KV_POSITION_CACHE;
     o = options_of(&rule, 16, 1, 32, 4);
     rf_status st = rf_kv_session_create(&s, f.model, &o, &f.err);
     ck_assert_int_eq(st, RF_ERR_UNSUPPORTED);
