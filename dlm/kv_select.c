@@ -79,6 +79,7 @@ rf_status rf_kv_select_create(rf_kv_session *s, bool mirrors, rf_error *err) {
     size_t stride = (size_t)s->stride, units = (size_t)s->units, d = (size_t)s->head_dim, kv = (size_t)s->num_kv_heads;
     size_t q_cols = (size_t)s->num_q_heads * d, prompt = (size_t)s->options.max_prompt;
     int half = s->head_dim / 2, pairs = s->rule.select_dims / 2;
+    size_t window = (size_t)s->rule.window < prompt ? (size_t)s->rule.window : prompt;
     bool by_pairs = s->rule.selector == RF_KV_BY_PAIRS, sentences = s->rule.selector == RF_KV_BY_SENTENCES;
     x->num_pairs = pairs < half ? pairs : half;
     RF_TRY(create_sequences(s, err));
@@ -97,7 +98,7 @@ rf_status rf_kv_select_create(rf_kv_session *s, bool mirrors, rf_error *err) {
         {&x->keys, kv, sizeof(rf_kv_keys)},
         {&x->q, q_cols, sizeof(float)},
         {&x->k, kv * d, sizeof(float)},
-        {&x->window_q, by_pairs ? (size_t)s->rule.window * q_cols : 0, sizeof(float)},
+        {&x->window_q, by_pairs ? window * q_cols : 0, sizeof(float)},
         {&x->score, stride > d ? stride : d, sizeof(float)},
         {&x->work, 2 * stride, sizeof(float)},
         {&x->order, (size_t)s->group * stride, sizeof(int32_t)},

@@ -26,7 +26,8 @@ typedef struct {
     rf_kv_rule rule;
     int32_t budget; /* tokens a layer and key head; 0 = from ratio */
     double
-        ratio; /* of the prompt: budget = (int)(ratio * tokens of the prompt), at least what the rule protects; 1 = all */
+        ratio; /* of the prompt: budget = (int)(ratio * tokens of the prompt), at least what the rule protects; 1 = all. A rule of
+                  action SELECT keeps all: budget and ratio are what a step reads, 0 and 0 the rule's own size */
     int32_t batch;         /* default 1 */
     int32_t max_prompt;    /* tokens of a prompt */
     int32_t max_new;       /* tokens behind what is compressed: the rest of a prompt behind its context counts */

@@ -106,7 +106,7 @@ static const row rows[] = {
      WINDOW_OF(32) ",reduce=sum,pool=max,pool_size=7,action=select,schedule=step,selector=sentences,init=32,local=32,"
                    "delimiter1=204,delimiter2=32,delimiter3=17,delimiter4=19"},
     {{"icecache", "all stay; whole pages of near keys are read, from the third layer on", "after IceCache"},
-     "score=attention,queries=last,action=select,schedule=step,selector=pages,page=16,init=4,local=16,select=256,"
+     "score=attention,queries=last,action=select,schedule=step,selector=pages,page=8,init=4,local=16,select=256,"
      "skip_layers=2"},
 };
 
