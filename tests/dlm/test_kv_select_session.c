@@ -4,6 +4,7 @@
 #include <math.h>
 
 #include "caching/kv/select.h"
+#include "core/memory.h"
 #include "core/rng.h"
 #include "dlm/kv_internal.h"
 #include "tests/test_util.h"
@@ -252,6 +253,36 @@ START_TEST(a_batch_is_its_sequences) {
 }
 END_TEST
 
+/* Making a session, its prompt and a step, with each allocation failing in turn. */
+START_TEST(sessions_survive_a_lack_of_memory) {
+    fixture f = open_model();
+    rf_kv_session_options o = rf_kv_session_options_default();
+    int32_t tokens[33];
+    int failures = 0;
+    for (uint32_t i = 0; i < 33; i++) tokens[i] = token_at(i, 4);
+    rf_assert_ok(rf_kv_rule_parse(&o.rule, methods[_i], &f.err), f.err);
+    o.budget = 8;
+    o.max_prompt = 32;
+    o.max_new = 4;
+    for (uint64_t nth = 1;; nth++) {
+        uint64_t live = rf_memory_get_counts().num_live;
+        rf_kv_session *s = NULL;
+        rf_memory_fail_nth(nth);
+        rf_status st = rf_kv_session_create_as(&s, f.model, &o, true, &f.err);
+        if (st == RF_OK) st = rf_kv_session_prefill(s, 0, tokens, 32, 0, 0, 0, &f.err);
+        if (st == RF_OK) st = rf_kv_session_step(s, tokens + 32, &f.err);
+        rf_memory_fail_nth(0);
+        rf_kv_session_destroy(s);
+        ck_assert_uint_eq(rf_memory_get_counts().num_live, live);
+        if (st == RF_OK) break;
+        ck_assert_int_eq(st, RF_ERR_MEMORY);
+        failures++;
+    }
+    ck_assert_int_gt(failures, 20);
+    close_model(&f);
+}
+END_TEST
+
 int main(void) {
     Suite *suite = suite_create("dlm/kv_select");
     TCase *tc = tcase_create("kv_select");
@@ -259,6 +290,7 @@ int main(void) {
     tcase_add_loop_test(tc, reading_all_is_no_policy, 0, METHODS);
     tcase_add_loop_test(tc, lists_are_those_of_the_rule, 0, METHODS);
     tcase_add_loop_test(tc, a_batch_is_its_sequences, 0, METHODS);
+    tcase_add_loop_test(tc, sessions_survive_a_lack_of_memory, 0, METHODS);
     suite_add_tcase(suite, tc);
     return rf_run_suite(suite);
 }
