@@ -166,7 +166,7 @@ static rf_kv_rule plain_rule(rf_kv_score score) {
     return r;
 }
 
-static const rf_kv_shape shape = {LAYERS, QUERY_HEADS, KEY_HEADS, DIM, 160, 1200, NULL, NULL};
+static const rf_kv_shape shape = {LAYERS, QUERY_HEADS, KEY_HEADS, DIM, 160, 1200, NULL, NULL, NULL};
 
 enum {
     H2O = 0,
@@ -523,7 +523,7 @@ START_TEST(ladder_is_the_golden_one) {
     rf_kv_rule rule = plain_rule(RF_KV_SCORE_LADDER);
     rule.sinks = 2;
     rule.ladder_span = 2;
-    rf_kv_shape s = {4, 1, 1, DIM, 16, 100, NULL, NULL};
+    rf_kv_shape s = {4, 1, 1, DIM, 16, 100, NULL, NULL, NULL};
     rf_error err = {0};
     for (int prompt = 1; prompt <= 16; prompt += 15) {
         rf_kv_book *book;
@@ -558,7 +558,7 @@ START_TEST(ladder_holds_its_cap) {
         rule.ladder_span = params[p][0];
         rule.ladder_overlap = params[p][1];
         int budget = params[p][2];
-        rf_kv_shape s = {32, 1, 1, DIM, 1000, 1000, NULL, NULL};
+        rf_kv_shape s = {32, 1, 1, DIM, 1000, 1000, NULL, NULL, NULL};
         int64_t rows = rf_kv_pool_rows(&rule, &s, budget);
         rf_kv_book *book;
         rf_assert_ok(rf_kv_book_create(&book, &rule, &s, budget, 0, &err), err);
@@ -584,7 +584,7 @@ START_TEST(ladder_holds_its_cap) {
     }
     rule.ladder_span = 16;
     rule.ladder_overlap = 0;
-    rf_kv_shape s = {32, 1, 1, DIM, 1000, 1000, NULL, NULL};
+    rf_kv_shape s = {32, 1, 1, DIM, 1000, 1000, NULL, NULL, NULL};
     rf_kv_book *book;
     rf_assert_fails(rf_kv_book_create(&book, &rule, &s, 36, 0, &err), err, RF_ERR_ARGUMENT, "layers 32");
     rule.ladder_span = 32;
@@ -596,7 +596,7 @@ START_TEST(tree_is_the_golden_one) {
     rf_kv_rule rule = plain_rule(RF_KV_SCORE_TREE);
     rf_error err = {0};
     measured m = measured_make(64);
-    rf_kv_shape s = {1, QUERY_HEADS, KEY_HEADS, DIM, 8, 100, NULL, NULL};
+    rf_kv_shape s = {1, QUERY_HEADS, KEY_HEADS, DIM, 8, 100, NULL, NULL, NULL};
     rf_kv_book *book;
     rf_assert_ok(rf_kv_book_create(&book, &rule, &s, 8, 0, &err), err);
     m.stats.num_keys = 1;
@@ -744,7 +744,7 @@ START_TEST(pyramid_gives_layers_their_series) {
     for (int l = 0; l < 4; l++) want[1][l] = 52;
     rf_kv_pyramid(want[2], 4, 64, 8, 115, rule.beta);
     ck_assert_int_ne(want[2][0], want[2][3]);
-    rf_kv_shape s = {4, QUERY_HEADS, KEY_HEADS, DIM, 200, 10, NULL, NULL};
+    rf_kv_shape s = {4, QUERY_HEADS, KEY_HEADS, DIM, 200, 10, NULL, NULL, NULL};
     rf_error err = {0};
     measured m = measured_make(256);
     for (int i = 0; i < 3; i++) {
@@ -924,7 +924,7 @@ START_TEST(a_pool_is_as_large_as_it_must_be) {
     static const rf_kv_alloc allocs[] = {RF_KV_ALLOC_UNIFORM, RF_KV_ALLOC_PYRAMID, RF_KV_ALLOC_FLAT_HEADS,
                                          RF_KV_ALLOC_FLAT_ALL, RF_KV_ALLOC_CAKE};
     static const int prompts[] = {1, 20, 21, 25, 29, 34, 60};
-    rf_kv_shape s = {LAYERS, QUERY_HEADS, KEY_HEADS, DIM, 60, 15, NULL, NULL};
+    rf_kv_shape s = {LAYERS, QUERY_HEADS, KEY_HEADS, DIM, 60, 15, NULL, NULL, NULL};
     rf_error err = {0};
     {
         int which = _i;
@@ -965,7 +965,7 @@ END_TEST
 
 START_TEST(pools_of_large_models_are_counted) {
     rf_kv_rule rule = rule_of(KNORM);
-    rf_kv_shape large = {32, 32, 8, 128, 131072, 1000, NULL, NULL};
+    rf_kv_shape large = {32, 32, 8, 128, 131072, 1000, NULL, NULL, NULL};
     ck_assert_int_eq(rf_kv_pool_rows(&rule, &large, 2048), 2049 * 32 * 8);
     ck_assert_int_eq(rf_kv_pool_rows(&rule, &large, 0), 132072LL * 32 * 8);
     rule.schedule = RF_KV_AT_PREFILL;
@@ -999,7 +999,7 @@ START_TEST(a_budget_over_everything_drops_nothing) {
         for (int budget = 0; budget <= 100; budget += 100) {
             rf_kv_rule rule = rule_of(which % NUM_RULES);
             if (which == NUM_RULES) rule.score = RF_KV_SCORE_NONE;
-            rf_kv_shape s = {LAYERS, QUERY_HEADS, KEY_HEADS, DIM, 60, 40, NULL, NULL};
+            rf_kv_shape s = {LAYERS, QUERY_HEADS, KEY_HEADS, DIM, 60, 40, NULL, NULL, NULL};
             rf_kv_rule none = plain_rule(RF_KV_SCORE_NONE);
             run r = run_begin(&rule, &s, budget, 3), full = run_begin(&none, &s, 0, 3);
             run_prompt(&r, 60);
@@ -1030,9 +1030,9 @@ END_TEST
 START_TEST(named_methods_run) {
     float shares[LAYERS] = {0.5f, 0.2f, 0.3f};
     uint8_t classes[LAYERS * QUERY_HEADS] = {0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0};
-    uint8_t list[LAYERS * QUERY_HEADS];
-    memset(list, 1, sizeof list);
-    rf_kv_shape s = {LAYERS, QUERY_HEADS, KEY_HEADS, DIM, 700, 300, shares, classes, list};
+    uint8_t scoring[LAYERS * QUERY_HEADS];
+    memset(scoring, 1, sizeof scoring);
+    rf_kv_shape s = {LAYERS, QUERY_HEADS, KEY_HEADS, DIM, 700, 300, shares, classes, scoring};
     rf_error err = {0};
     int dropped = 0, refused = 0;
     for (int i = 0; i < rf_kv_num_methods(); i++) {

@@ -454,7 +454,8 @@ START_TEST(a_rule_keeps_what_its_statement_keeps) {
                                .max_prompt = prompt,
                                .max_new = r.num_new,
                                .layer_shares = r.shares,
-                               .head_classes = r.classes};
+                               .head_classes = r.classes,
+                               .head_list = r.classes};
     rf_kv_book *book = NULL;
     st = rf_kv_book_create(&book, &rule, &shape, budget, first_row, &err);
     ck_assert_msg(st == RF_OK, "%s: %s", name, err.message);

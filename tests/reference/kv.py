@@ -1001,7 +1001,11 @@ def main():
     (o.out / "kv-rules.safetensors").write_bytes(save(tensors, meta))
     head = {"command": "python tests/reference/kv.py", "seed": SEED, "layers": L, "q_heads": HQ, "kv_heads": HKV, "head_dim": D,
             "prompt": T, "new": NEW, "every": EVERY, "head_classes": HEAD_LIST, "layer_shares": [1 / L] * L,
-            "without": {"none": "keeps everything", "random": "the engine's own generator"}}
+            "without": {"none": "keeps everything", "random": "the engine's own generator",
+                        "razor": "not stated here yet", "trimkv": "not stated here yet",
+                        "global-retention": "not stated here yet", "tokenselect": "not stated here yet",
+                        "fasa": "not stated here yet", "sentencekv": "not stated here yet",
+                        "icecache": "not stated here yet"}}
     lines = ["{"] + [f"{json.dumps(k)}: {json.dumps(v)}," for k, v in head.items()]
     lines += ['"parts": {', ",\n".join(f"{json.dumps(k)}: [\n" + ",\n".join(json.dumps(v) for v in vs) + "]"
                                       for k, vs in pieces.items()), "},", '"cases": [']
