@@ -2,7 +2,8 @@
  * budget.
  *
  * A prompt of random ids is computed, measured and compressed; then single tokens follow. The prefill counts as the session times it,
- * scoring apart; the first one warms up where there is a device. A step is timed by the clock over a group of steps of which the last
+ * scoring apart; the first one warms up where there is a device, unless it is a
+ * long one. A step is timed by the clock over a group of steps of which the last
  * one's statistics are read, as bench_text.c times passes. */
 #include <math.h>
 #include <stdio.h>
@@ -19,6 +20,7 @@
 #define USUAL_BUDGET   2048
 #define USUAL_POLICIES "none,snapkv,h2o,streaming"
 #define MAX_PREFILLS   3
+#define LONG_PREFILL   3000 /* ms: one is enough */
 
 typedef struct {
     bench *b;
@@ -35,21 +37,21 @@ typedef struct {
 
 /* ---- the plan ---- */
 
+static int32_t steps_of(const bench *b, int group, int warmups) {
+    return (int32_t)(b->args.num_runs + warmups) * group;
+}
+
 /* Tokens of a prompt: what was asked for, or the usual ones that fit. most: positions of the model, 0 = any. */
 static rf_status list_prompts(const bench *b, int64_t most, int *out, int *num, rf_error *err) {
     static const int usual[] = {8192, 32768};
     *num = 0;
     if (b->args.kept) return bench_read_numbers(b->args.kept, "kept", 2, MOST_PROMPT, out, num, err);
-    int room = 2 * (int)b->args.num_runs * GROUP_DEVICE; /* for steps */
+    int room = (int)steps_of(b, GROUP_DEVICE, WARMUP_DEVICE);
     for (size_t i = 0; i < sizeof usual / sizeof usual[0]; i++) {
         if (most == 0 || usual[i] + room <= most) out[(*num)++] = usual[i];
     }
     if (*num == 0) out[(*num)++] = (int)(most / 2);
     return RF_OK;
-}
-
-static int32_t steps_of(const bench *b, int group, int warmups) {
-    return (int32_t)(b->args.num_runs + warmups) * group;
 }
 
 rf_status bench_kv_plan(bench *b, int64_t *most, rf_error *err) {
@@ -114,12 +116,14 @@ static rf_status prefill(kv_bench *k, double *prefill_ms, double *score_ms, rf_e
 }
 
 static rf_status time_prefills(kv_bench *k, bench_row *row, rf_error *err) {
-    double prefills[MAX_PREFILLS], scores[MAX_PREFILLS], ignored;
+    double prefills[MAX_PREFILLS], scores[MAX_PREFILLS];
     int num = k->b->args.num_runs < MAX_PREFILLS ? (int)k->b->args.num_runs : MAX_PREFILLS;
     bench_row sorted = {0};
     bool cuda = rf_backend_get_kind(k->b->backend) == RF_BACKEND_CUDA;
-    if (cuda) RF_TRY(prefill(k, &ignored, &ignored, err));
-    for (int i = 0; i < num; i++) RF_TRY(prefill(k, &prefills[i], &scores[i], err));
+    if (cuda) RF_TRY(prefill(k, &prefills[0], &scores[0], err));
+    bool is_long = cuda && prefills[0] > LONG_PREFILL;
+    if (is_long) num = 1; /* that one */
+    for (int i = is_long ? 1 : 0; i < num; i++) RF_TRY(prefill(k, &prefills[i], &scores[i], err));
     bench_row_set_times(&sorted, prefills, num);
     row->prefill_ms = sorted.median_ms;
     bench_row_set_times(&sorted, scores, num);
