@@ -1,7 +1,8 @@
 /* dlm/kv_internal.h - what the files of the budgeted executor share. Internal to dlm/.
  *
  * kv_session.c plans a session, takes prompts and reads results; kv_prefill.c runs a prompt layer by layer; kv_measure.c
- * makes what a rule wants to know; kv_step.c runs tokens behind it; kv_select.c lets their attention read a few of all slots.
+ * makes what a rule wants to know; kv_step.c runs tokens behind it; kv_select.c lets their attention read a few of all slots;
+ * kv_slide.c keeps positions of a cache whose ends alone stay.
  * Units u = sequence * Hkv + key head: a layer's lists stand in that order. */
 #ifndef RF_DLM_KV_INTERNAL_H
 #define RF_DLM_KV_INTERNAL_H
@@ -36,6 +37,8 @@ typedef struct {
     bool has_spare; /* an evicted slot's row takes the next token */
     int32_t *free_rows, num_free;
     int64_t evicted;
+    int32_t frame; /* slides: keys are turned at their true positions less this */
+    bool slid;     /* tokens have gone: the sinks are turned anew at each step */
 } rf_kv_sequence;
 
 /* In int32 words of the block that a step uploads; entries of all sequences. */
@@ -44,7 +47,8 @@ typedef struct {
     size_t positions;           /* [L][B] */
     size_t new_rows;            /* [L][U] */
     size_t slots,
-        slot_positions; /* on_device: [L][U] entry of `positions` that the new slot has, and what goes there */
+        slot_positions;        /* on_device: [L][U] entry of `positions` that the new slot has, and what goes there */
+    size_t turns, turn_counts; /* slides: [L][U][sinks], [L][U] */
     size_t words;
 } rf_kv_control;
 
@@ -83,6 +87,7 @@ struct rf_kv_session {
     int32_t draft_at; /* the token that is drafted now, -1: none */
     int32_t num_drafted;
     bool on_device; /* slots are chosen by kv_evict; the books end with the prompt */
+    bool slides;    /* positions inside the cache by kv_slide.c */
     bool host;      /* the backend is the host's */
     rf_kv_evict_mode evict_mode;
 
@@ -95,15 +100,17 @@ struct rf_kv_session {
 
     char *memory;
     size_t memory_bytes, pool_bytes;
-    char *k_pool, *v_pool;                /* [batch * pool_rows][D] */
-    char *k_raw_plane;                    /* CACHE, EXPECTED: unturned keys of the layer, as the staging plane */
-    char *x_plane;                        /* [max_prompt + chunk][hidden], then [extra + chunk][hidden] */
-    char *q_raw;                          /* [chunk][Hq * D] */
-    char *draft_q;                        /* [L][drafts][Hq * D] turned queries of drafted tokens */
-    char *k_read, *v_read;                /* [U][stride][D] CACHE, or measuring of keys: slots in order */
-    int32_t *iota_rows;                   /* [U][stride] u * stride + j: lists over them */
-    int32_t *iota_slots;                  /* CACHE: [Hkv][stride] j */
-    int32_t *rows, *lens;                 /* [L][U][stride], [L][U] */
+    char *k_pool, *v_pool; /* [batch * pool_rows][D] */
+    char *k_raw_plane;     /* CACHE, EXPECTED: unturned keys of the layer, as the staging plane */
+    char *x_plane;         /* [max_prompt + chunk][hidden], then [extra + chunk][hidden] */
+    char *q_raw;           /* [chunk][Hq * D] */
+    char *draft_q;         /* [L][drafts][Hq * D] turned queries of drafted tokens */
+    char *k_read, *v_read; /* [U][stride][D] CACHE, or measuring of keys: slots in order; slides: [Hkv].. */
+    char *sink_k, *sink_v; /* slides: [L][U][sinks][D], keys unturned */
+    int32_t *sink_rows;    /* slides: [L][U][sinks] of the pool */
+    int32_t *iota_rows;    /* [U][stride] u * stride + j: lists over them */
+    int32_t *iota_slots;   /* CACHE: [Hkv][stride] j */
+    int32_t *rows, *lens;  /* [L][U][stride], [L][U] */
     int32_t *positions, *spare, *budgets; /* on_device: [L][U][stride], [L][U], [L][U] */
     float *scores;                        /* on_device: [L][U][stride] */
     int32_t *copy_lists;                  /* from, to, turn: [3][Hkv][list_stride], counts [Hkv] */
@@ -160,7 +167,7 @@ static inline rf_text_run rf_kv_run(const rf_kv_session *s) {
     return (rf_text_run){.s = s->stage, .stream = s->stream};
 }
 static inline bool rf_kv_in_cache_order(const rf_kv_session *s) {
-    return s->rule.position == RF_KV_POSITION_CACHE;
+    return s->rule.position == RF_KV_POSITION_CACHE && !s->slides;
 }
 static inline bool rf_kv_keeps_unturned(const rf_kv_session *s) {
     return rf_kv_in_cache_order(s) || (s->prefill_needs & RF_KV_NEED_EXPECTED) != 0;
@@ -247,6 +254,16 @@ void rf_kv_select_attention(const rf_kv_session *s, int first, rf_attention_args
 size_t rf_kv_select_bytes(const rf_kv_session *s);
 /* Slots that the last step's last layer read of a unit (kv_step.c), for tests. */
 const int32_t *rf_kv_select_last(const rf_kv_session *s, int64_t unit, int32_t *num);
+
+/* --- kv_slide.c --- for sessions that slide */
+
+/* A new prompt. */
+void rf_kv_slide_start(rf_kv_session *s, int sequence);
+/* Before a step to `slots` slots, the new one included: where the new token stands, and the sinks' turns in the control block. Waits
+ * when the first token has gone and when the frame is used up. */
+rf_status rf_kv_slide_place(rf_kv_session *s, int sequence, int32_t slots, int32_t *position, rf_error *err);
+/* Turns the sinks of all sequences as the control block says. */
+rf_status rf_kv_slide_sinks(rf_kv_session *s, rf_error *err);
 
 /* --- kv_step.c --- */
 

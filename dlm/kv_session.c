@@ -33,8 +33,7 @@ static size_t max_size(size_t a, size_t b) {
 
 static rf_status check_rule(const rf_kv_rule *r, rf_error *err) {
     RF_TRY(rf_kv_rule_check(r, err));
-    static const char *const actions[RF_KV_ACTION_COUNT] = {
-        [RF_KV_DEMOTE] = "demote", [RF_KV_SHARE] = "share"};
+    static const char *const actions[RF_KV_ACTION_COUNT] = {[RF_KV_DEMOTE] = "demote", [RF_KV_SHARE] = "share"};
     if (actions[r->action] != NULL)
         return rf_fail(err, RF_ERR_UNSUPPORTED, "kv rule %s: action %s has no implementation in this executor yet",
                        r->method, actions[r->action]);
@@ -93,8 +92,10 @@ static int32_t resolve_budget(const rf_kv_rule *r, int32_t budget, double ratio,
 /* Does kv_evict make this rule's decisions while decoding? */
 static bool maps_to_evict(const rf_kv_rule *r, rf_kv_evict_mode *mode) {
     bool uniform = r->alloc == RF_KV_ALLOC_UNIFORM && r->skip_layers == 0;
-    if (r->schedule != RF_KV_AT_STEP || r->action != RF_KV_DROP || r->position != RF_KV_POSITION_ORIGINAL || !uniform ||
-        r->crush_share != 0.0 || r->redundancy != 0.0 || r->sentence_penalty != 0.0)
+    bool ends = r->score == RF_KV_SCORE_POSITION && r->position == RF_KV_POSITION_CACHE; /* kv_slide.c */
+    if (r->schedule != RF_KV_AT_STEP || r->action != RF_KV_DROP || !uniform ||
+        (r->position != RF_KV_POSITION_ORIGINAL && !ends) || r->crush_share != 0.0 || r->redundancy != 0.0 ||
+        r->sentence_penalty != 0.0)
         return false;
     if (r->score == RF_KV_SCORE_POSITION) {
         *mode = RF_KV_EVICT_AGE;
@@ -171,6 +172,8 @@ static void plan_sizes(rf_kv_session *s) {
     s->at.new_rows = take_words(&s->at.words, layers * s->units);
     s->at.slots = take_words(&s->at.words, s->on_device ? layers * s->units : 0);
     s->at.slot_positions = take_words(&s->at.words, s->on_device ? layers * s->units : 0);
+    s->at.turns = take_words(&s->at.words, s->slides ? layers * s->units * s->rule.sinks : 0);
+    s->at.turn_counts = take_words(&s->at.words, s->slides ? layers * s->units : 0);
 
     s->list_stride = s->options.max_prompt;
     if (s->stride > s->list_stride) s->list_stride = s->stride;
@@ -242,9 +245,11 @@ static rf_status take_buffers(rf_kv_session *s, rf_arena *arena, rf_error *err) 
     size_t q_cols = (size_t)s->stage->q_cols, kv_cols = (size_t)s->stage->kv_cols, hidden = (size_t)d->hidden;
     size_t chunk = (size_t)s->stage->options.max_rows, stride = (size_t)s->stride, slots = units * stride;
     size_t extra = (size_t)s->extra_rows, ordered = reads_in_order(s), device = s->on_device;
+    size_t slides = s->slides, sinks = slides * (size_t)s->rule.sinks;
     size_t raw = rf_kv_keeps_unturned(s), means = s->rule.action == RF_KV_COMPENSATE;
     size_t x_rows = (size_t)o->max_prompt + chunk + (extra ? extra + chunk : 0);
     size_t pool = batch * (size_t)s->pool_rows * dim;
+    size_t in_order = (ordered * units + slides * (size_t)s->num_kv_heads) * stride * dim;
     struct {
         void *slot;
         const char *name;
@@ -258,8 +263,11 @@ static rf_status take_buffers(rf_kv_session *s, rf_arena *arena, rf_error *err) 
         {&s->scores, "scores of slots", device * layers * slots, sizeof(float)},
         {&s->spare, "spare rows", device * layers * units, sizeof(int32_t)},
         {&s->budgets, "budgets of heads", device * layers * units, sizeof(int32_t)},
-        {&s->k_read, "keys in order", ordered * slots * dim, elem},
-        {&s->v_read, "values in order", ordered * slots * dim, elem},
+        {&s->k_read, "keys in order", in_order, elem},
+        {&s->v_read, "values in order", in_order, elem},
+        {&s->sink_k, "keys of sinks", layers * units * sinks * dim, elem},
+        {&s->sink_v, "values of sinks", layers * units * sinks * dim, elem},
+        {&s->sink_rows, "rows of sinks", layers * units * sinks, sizeof(int32_t)},
         {&s->iota_rows, "rows in order", ordered * slots, sizeof(int32_t)},
         {&s->iota_slots, "slots in order", ordered * (size_t)s->num_kv_heads * stride, sizeof(int32_t)},
         {&s->control, "control block", s->at.words, sizeof(int32_t)},
@@ -417,6 +425,7 @@ static rf_status create(rf_kv_session *s, bool may_use_device, rf_error *err) {
     s->host = rf_backend_get_kind(s->backend) == RF_BACKEND_CPU;
     s->on_device = may_use_device && maps_to_evict(&s->rule, &s->evict_mode);
     if (s->on_device) s->step_needs = 0;
+    s->slides = s->on_device && s->rule.position == RF_KV_POSITION_CACHE;
     if (s->rule.score == RF_KV_SCORE_ATTENTION && s->rule.queries == RF_KV_QUERIES_PSEUDO)
         s->extra_rows = s->rule.pseudo;
     s->default_budget = o->budget;
@@ -467,7 +476,8 @@ static rf_status create(rf_kv_session *s, bool may_use_device, rf_error *err) {
     s->stream = s->stage->stream;
     plan_sizes(s);
     RF_TRY(allocate(s, err));
-    if (s->rule.action == RF_KV_SELECT && s->rule.score != RF_KV_SCORE_NONE) RF_TRY(rf_kv_select_create(s, may_use_device, err));
+    if (s->rule.action == RF_KV_SELECT && s->rule.score != RF_KV_SCORE_NONE)
+        RF_TRY(rf_kv_select_create(s, may_use_device, err));
     return s->host ? RF_OK : rf_kv_plan_steps(s, err);
 }
 
@@ -728,6 +738,7 @@ rf_status rf_kv_session_prefill(rf_kv_session *s, int32_t sequence, const int32_
     RF_TRY(rf_kv_prefill(s, sequence, tokens, compressed, num == compressed, err));
     RF_TRY(rf_kv_upload_lists(s, sequence, 0, s->num_layers, err));
     if (s->on_device) RF_TRY(rf_kv_start_device(s, sequence, err));
+    if (s->slides) rf_kv_slide_start(s, sequence);
     q->ready = true;
     for (int32_t i = compressed; i < num; i++) RF_TRY(rf_kv_step_range(s, sequence, 1, tokens + i, i + 1 == num, err));
     if (num > compressed) q->made = 0;

@@ -288,6 +288,7 @@ static rf_status queue_step(rf_kv_session *s, int first, int num, int64_t kv_len
                                           s->model->layers[0].attention_norm);
     RF_TRY(s->ops->norm(s->stream, &norm, err));
     if (s->on_device) RF_TRY(note_positions(s, first, num, err));
+    if (s->slides) RF_TRY(rf_kv_slide_sinks(s, err));
     for (int l = 0; l < s->num_layers; l++) RF_TRY(queue_layer(s, l, first, num, kv_len, err));
     return head ? rf_kv_queue_head(s, x, first, num, err) : RF_OK;
 }
@@ -356,6 +357,7 @@ rf_status rf_kv_plan_steps(rf_kv_session *s, rf_error *err) {
     rf_phase phase = rf_stream_get_phase(s->stream);
     rf_stream_set_phase(s->stream, RF_PHASE_PLAN);
     s->draw.keep_logits = false;
+    for (int b = 0; b < s->batch && s->slides; b++) rf_kv_slide_start(s, b);
     rf_status st = plan_step(s, s->batch, err);
     if (st == RF_OK && s->batch > 1) st = plan_step(s, 1, err);
     rf_stream_set_phase(s->stream, phase);
@@ -454,14 +456,19 @@ static rf_status fill_control(rf_kv_session *s, int first, int num, const int32_
     *most = 1;
     for (int b = first; b < first + num; b++) {
         rf_kv_sequence *q = &s->sequences[b];
+        int32_t slid = 0;
         if (!s->on_device) RF_TRY(rf_kv_book_append(q->book, q->seen, err));
+        if (s->slides) RF_TRY(rf_kv_slide_place(s, b, most_slots(s, 0, b), &slid, err));
         c[s->at.tokens + (size_t)b] = tokens[b - first];
         c[s->at.keys + (size_t)b] = q->seen + 1; /* the position that is predicted */
         c[s->at.steps + (size_t)b] = q->made + 1;
         for (int l = 0; l < s->num_layers; l++) {
             int32_t slots = most_slots(s, l, b);
             int64_t position = q->seen + q->shift[l];
-            if (s->rule.position == RF_KV_POSITION_CACHE) position = slots - 1;
+            if (s->slides)
+                position = slid;
+            else if (rf_kv_in_cache_order(s))
+                position = slots - 1;
             if (position >= s->model->rope_positions)
                 return rf_fail(err, RF_ERR_STATE, "sequence %d: position %lld, the model has %lld", b,
                                (long long)position, (long long)s->model->rope_positions);

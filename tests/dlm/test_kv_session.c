@@ -398,6 +398,7 @@ static const struct {
     {ALL_SUM, "h2o", RF_KV_POSITION_ORIGINAL, true},      {LAST, "tova", RF_KV_POSITION_ORIGINAL, false},
     {LAST, "tova", RF_KV_POSITION_ORIGINAL, true},        {SINKS, "streaming", RF_KV_POSITION_CACHE, false},
     {SINKS, "streaming", RF_KV_POSITION_ORIGINAL, false}, {SINKS, "streaming", RF_KV_POSITION_ORIGINAL, true},
+    {SINKS, "streaming", RF_KV_POSITION_CACHE, true},
 };
 
 static rf_kv_rule plain_rule(fixture *f, int i) {
@@ -473,8 +474,8 @@ END_TEST
 static const struct {
     const char *name;
     bool on_device;
-} batch_cases[] = {{"snapkv", false}, {"h2o", false},       {"h2o", true},
-                   {"adakv", false},  {"streaming", false}, {"cake", false}};
+} batch_cases[] = {{"snapkv", false},    {"h2o", false},      {"h2o", true},  {"adakv", false},
+                   {"streaming", false}, {"streaming", true}, {"cake", false}};
 
 /* Prompts of three lengths, each with its own budget; the second rests now and then. */
 START_TEST(a_batch_is_its_sequences) {
@@ -567,7 +568,7 @@ START_TEST(memory_stays_over_a_long_generation) {
     int32_t prompt[LEN], got[LEN + 8], num;
     draw_tokens(prompt, LEN, 5);
     rf_kv_session_options o = options_of(&rule, BUDGET, 1, LEN, NUM);
-    rf_kv_session *s = open_session(&f, &o, false);
+    rf_kv_session *s = open_session(&f, &o, _i == 1);
     rf_assert_ok(rf_kv_session_prefill(s, 0, prompt, LEN, 0, 0, 0.0, &f.err), f.err);
     rf_kv_session_info first = rf_kv_session_get_info(s), info;
     uint64_t live = 0;
@@ -593,6 +594,42 @@ START_TEST(memory_stays_over_a_long_generation) {
     int32_t token = 3;
     rf_assert_fails(rf_kv_session_step(s, &token, &f.err), f.err, RF_ERR_STATE, "used up");
     rf_kv_session_destroy(s);
+    close_model(&f);
+}
+END_TEST
+
+/* Positions inside the cache: the frame slides by whole budgets past the model's 512 positions, from prompts shorter and longer than the
+ * sinks and the budget. */
+START_TEST(a_sliding_frame_is_the_cache_turned_anew) {
+    enum { NUM = 1300, BUDGET = 32, MOST_LEN = 50, EVERY = 7 };
+    static const int32_t lens[] = {2, 20, 32, MOST_LEN};
+    fixture f = open_model("text-llama");
+    rf_kv_rule rule = rule_of(&f, "streaming");
+    rf_kv_session_options o = options_of(&rule, BUDGET, 1, MOST_LEN, NUM);
+    rf_kv_session *turned = open_session(&f, &o, false), *slid = open_session(&f, &o, true);
+    ck_assert(slid->slides);
+    float want[VOCAB], got[VOCAB];
+    for (size_t i = 0; i < sizeof lens / sizeof *lens; i++) {
+        int32_t prompt[MOST_LEN];
+        draw_tokens(prompt, MOST_LEN, (uint32_t)i + 8);
+        rf_assert_ok(rf_kv_session_prefill(turned, 0, prompt, lens[i], 0, 0, 0.0, &f.err), f.err);
+        rf_assert_ok(rf_kv_session_prefill(slid, 0, prompt, lens[i], 0, 0, 0.0, &f.err), f.err);
+        int wraps = 0;
+        for (int n = 0; n < NUM; n++) {
+            int32_t token = (prompt[n % MOST_LEN] + n) % VOCAB, frame = slid->sequences[0].frame;
+            rf_assert_ok(rf_kv_session_step(turned, &token, &f.err), f.err);
+            rf_assert_ok(rf_kv_session_step(slid, &token, &f.err), f.err);
+            bool wrapped = slid->sequences[0].frame != frame;
+            wraps += wrapped;
+            if (n % EVERY && !wrapped) continue;
+            rf_assert_ok(rf_kv_session_read_logits(turned, 0, want, &f.err), f.err);
+            rf_assert_ok(rf_kv_session_read_logits(slid, 0, got, &f.err), f.err);
+            rf_assert_close(got, want, VOCAB, 1e-3, 2e-5);
+        }
+        ck_assert_int_ge(wraps, 2);
+    }
+    rf_kv_session_destroy(turned);
+    rf_kv_session_destroy(slid);
     close_model(&f);
 }
 END_TEST
@@ -679,7 +716,8 @@ int main(void) {
                         sizeof plain_cases / sizeof *plain_cases);
     tcase_add_loop_test(tc, a_batch_is_its_sequences, 0, sizeof batch_cases / sizeof *batch_cases);
     tcase_add_test(tc, a_context_is_compressed_as_if_nothing_followed);
-    tcase_add_test(tc, memory_stays_over_a_long_generation);
+    tcase_add_loop_test(tc, memory_stays_over_a_long_generation, 0, 2);
+    tcase_add_test(tc, a_sliding_frame_is_the_cache_turned_anew);
     tcase_add_test(tc, wrong_calls_are_refused_in_one_line);
     tcase_add_test(tc, sessions_survive_a_lack_of_memory);
     suite_add_tcase(suite, tc);
