@@ -68,7 +68,7 @@ typedef struct {
     int64_t kept_slots,
         full_slots;                /* now: slots of all layers, heads and sequences; and what a full cache would have */
     size_t kept_bytes, full_bytes; /* their keys and values, with scales, lists and statistics of the rule */
-    size_t pool_bytes, staging_bytes, arena_bytes; /* taken */
+    size_t pool_bytes, staging_bytes, arena_bytes; /* taken; arena: of the device in all, the other two among it */
     double prefill_ms, score_ms,
         step_score_ms; /* wall: prefill without scoring; scoring and compaction behind it; while decoding,
                                                       what the host waited for */

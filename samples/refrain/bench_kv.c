@@ -175,7 +175,7 @@ static rf_status bench_setting(kv_bench *k, rf_error *err) {
     row->budget = kv_is_none(k->setting) ? 0 : info.budget;
     RF_TRY(time_steps(k, row, err));
     info = rf_kv_session_get_info(k->session);
-    row->arena_bytes = info.pool_bytes + info.staging_bytes + info.arena_bytes;
+    row->arena_bytes = info.arena_bytes;
     row->graph_nodes = info.graph_nodes;
     k->num_rows++;
     return RF_OK;
