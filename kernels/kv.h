@@ -134,7 +134,7 @@ typedef struct {
  *                 measured, the oldest goes (StreamingLLM). over_heads: p is the mean over all query heads of the sequence (TOVA),
  *                 so that all heads lose the same slot.
  *   while lens[u] > budget[u]: the slot of the lowest score among those that are neither one of the first `sinks` slots nor one of
- *   the last `recents` goes (ties: the lowest slot; NaN counts as +inf): slots behind it move up in rows, positions and score, and lens[u] -= 1. Its row
+ *   the last `recents` goes (ties: the highest slot, so that of equals the lowest stay; AGE: the lowest; NaN counts as +inf): slots behind it move up in rows, positions and score, and lens[u] -= 1. Its row
  *   becomes spare[u] (the next token's row, read by append as new_rows). At most one slot a call.
  * score f32, rows, positions int32 [units][rows_stride]; lens, budget, spare int32 [units]. The score of the new slot starts at its p.
  * positions may be NULL. */

@@ -653,7 +653,7 @@ static void evict_unit(const rf_kv_evict_args *a, int64_t unit, int64_t len) {
     float *score = a->score ? a->score + unit * a->rows_stride : NULL;
     int64_t victim = -1;
     for (int64_t j = a->sinks; j < len - a->recents; j++) {
-        if (victim < 0 || rf_float_key(score[j]) < rf_float_key(score[victim])) victim = j;
+        if (victim < 0 || rf_float_key(score[j]) <= rf_float_key(score[victim])) victim = j;
         if (a->mode == RF_KV_EVICT_AGE) break;
     }
     if (victim < 0) return;

@@ -3,7 +3,7 @@
  * Launch   copy, append: 8, 16 or 32 lanes a row, 8 elements each, in vectors of 16 bytes where sizes, strides and bases allow.
  *          evict: a cluster of 8 blocks per unit (sequence, key head), a block per eighth of the slots:
  *          1. p of its slots: a warp per 16 slots against the heads of the group by m16n8k16 (bf16, head_dim 64 and 128; else a
- *             warp for a score); score updated; the lowest of the unprotected slots as (key of the score, slot) in 64 bits
+ *             warp for a score); score updated; the lowest of the unprotected slots as (key of the score, LAST_SLOT - slot) in 64 bits
  *          2. the blocks' lowest meet through distributed shared memory; the least is the victim
  *          3. each block moves its slots behind the victim up by one. The slot behind its last one belongs to the next block:
  *             its row and position are read before the cluster's barrier, its score lies in that block's shared memory.
@@ -30,8 +30,9 @@ static constexpr int CLUSTER = 8, SLOTS = 16; /* slots of a warp */
 static constexpr int EVICT_WARPS = 20, EVICT_THREADS = EVICT_WARPS * 32, MEASURE_WARPS = 4;
 static constexpr int64_t MAX_FUSED = 16384; /* slots; above, 64 blocks do not keep the memory busy */
 static constexpr int64_t MAX_UNITS = 65535;
-typedef unsigned long long ranked; /* order of the score above, slot below */
+typedef unsigned long long ranked; /* order of the score above, LAST_SLOT - slot below */
 static constexpr ranked NOBODY = ~0ull;
+static constexpr uint32_t LAST_SLOT = 0x7fffffffu; /* less the slot: of equals the highest is the least */
 
 /* --- copies ------------------------------------------------------------------------------------------------------------- */
 
@@ -348,11 +349,11 @@ static __global__ void __launch_bounds__(EVICT_THREADS, 1)
             const float now = p.mode == RF_KV_EVICT_SUM && slot < len - 1 ? fmaf(p.decay, before, pr) : pr;
             score[slot] = now;
             if (slot == begin) first_score = now;
-            if (slot >= p.sinks && slot < last_free) own = min(own, (ranked)rf_float_key(now) << 32 | (uint32_t)slot);
+            if (slot >= p.sinks && slot < last_free) own = min(own, (ranked)rf_float_key(now) << 32 | (LAST_SLOT - (uint32_t)slot));
         }
     } else if (threadIdx.x == 0) {
         if (begin < len && score) first_score = score[begin];
-        if (p.sinks >= begin && p.sinks < end && p.sinks < last_free) own = (uint32_t)p.sinks;
+        if (p.sinks >= begin && p.sinks < end && p.sinks < last_free) own = LAST_SLOT - (uint32_t)p.sinks;
     }
     if (!evicts) return;
     own = min_of_lanes(own);
@@ -367,7 +368,7 @@ static __global__ void __launch_bounds__(EVICT_THREADS, 1)
     if (lane < (CLUSTERED ? CLUSTER : 1)) own = load_at<CLUSTERED>(&lowest, lane);
     own = min_of_lanes(own);
     const bool has_victim = own != NOBODY; /* the same everywhere */
-    const int victim = has_victim ? (int)(uint32_t)own : len;
+    const int victim = has_victim ? (int)(LAST_SLOT - (uint32_t)own) : len;
     const int move_begin = max(begin, victim), move_end = min(end, len - 1); /* slots that get the one behind them */
     float next_score = 0.0f;
     if (CLUSTERED && score && threadIdx.x == 0 && move_begin < move_end && move_end == end)

@@ -967,7 +967,7 @@ START_TEST(evictions_follow_a_plain_list) {
                 }
                 int victim = -1;
                 for (int j = c->sinks; lens[u] > budget[u] && j < lens[u] - c->recents; j++)
-                    if (victim < 0 || (c->mode != RF_KV_EVICT_AGE && s[j].score < s[victim].score)) victim = j;
+                    if (victim < 0 || (c->mode != RF_KV_EVICT_AGE && s[j].score <= s[victim].score)) victim = j;
                 if (victim >= 0) {
                     inner += victim > c->sinks && victim < lens[u] - 1;
                     spare[u] = s[victim].row;
@@ -1067,29 +1067,34 @@ static int run_small(small_unit *s) {
     return victim;
 }
 
-START_TEST(ties_go_to_the_lowest_slot) {
+START_TEST(of_equals_the_lowest_stay) {
     const rf_dtype dtype = test_dtype(_i);
     small_unit s = make_small(dtype, 9, 8, NULL);
-    ck_assert_int_eq(run_small(&s), 0);
+    ck_assert_int_eq(run_small(&s), 8);
     s = make_small(dtype, 9, 8, NULL);
+    s.args.recents = 3;
+    ck_assert_int_eq(run_small(&s), 5);
+    s = make_small(dtype, 9, 2, NULL); /* far too many: still one */
+    s.args.sinks = 7;
+    s.args.recents = 1;
+    ck_assert_int_eq(run_small(&s), 7);
+    s = make_small(dtype, 9, 8, NULL);
+    s.args.mode = RF_KV_EVICT_AGE;
     s.args.sinks = 3;
     ck_assert_int_eq(run_small(&s), 3);
-    s = make_small(dtype, 9, 2, NULL); /* far too many: still one */
-    s.args.sinks = 1;
-    ck_assert_int_eq(run_small(&s), 1);
 
     /* Sums: slot 2 and 5 are the lowest; the new slot's p is 1/8. */
     const double scores[] = {3, 2, 0.5, 1, 0.75, 0.5, 4, 9};
     s = make_small(dtype, 8, 7, scores);
     s.args.mode = RF_KV_EVICT_SUM;
     s.args.recents = 1;
-    ck_assert_int_eq(run_small(&s), 2);
-    s.args.sinks = 3;
+    ck_assert_int_eq(run_small(&s), 5);
+    s.args.recents = 4;
     s.args.positions = NULL;
     int32_t spare = -5, budget = 6;
     upload(s.spare, &spare, sizeof spare);
     upload((void *)s.args.budget, &budget, sizeof budget);
-    ck_assert_int_eq(run_small(&s), 4);  /* slot 5, moved up; the list is one shorter */
+    ck_assert_int_eq(run_small(&s), 2);
     s = make_small(dtype, 8, 7, scores); /* the new one is the lowest of all */
     s.args.mode = RF_KV_EVICT_SUM;
     ck_assert_int_eq(run_small(&s), 7);
@@ -1114,7 +1119,8 @@ START_TEST(protected_slots_stay) {
                 s.args.recents = recents;
                 if (mode == RF_KV_EVICT_AGE) s.args.score = NULL, s.args.q = s.args.k = NULL, s.args.lse = NULL;
                 const int newest = mode == RF_KV_EVICT_SUM && recents == 0 && sinks <= 8; /* its score is p alone */
-                ck_assert_int_eq(run_small(&s), sinks + recents >= 9 ? -1 : newest ? 8 : sinks);
+                const int expected = mode == RF_KV_EVICT_AGE ? sinks : newest ? 8 : 8 - recents;
+                ck_assert_int_eq(run_small(&s), sinks + recents >= 9 ? -1 : expected);
             }
         }
         small_unit fits = make_small(dtype, 8, 8, NULL);
@@ -1393,7 +1399,7 @@ int main(void) {
     add_for_dtypes(tcase, turns_undo_each_other);
     add_for_dtypes(tcase, append_puts_tokens_behind);
     tcase_add_loop_test(tcase, evictions_follow_a_plain_list, 0, (int)LENGTH(evict_cases));
-    add_for_dtypes(tcase, ties_go_to_the_lowest_slot);
+    add_for_dtypes(tcase, of_equals_the_lowest_stay);
     add_for_dtypes(tcase, protected_slots_stay);
     tcase_add_test(tcase, bad_arguments_are_refused);
     return run_kernel_suite(suite);
