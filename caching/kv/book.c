@@ -210,7 +210,8 @@ static rf_status check(const rf_kv_rule *rule, const rf_kv_shape *shape, rf_erro
         return rf_fail(err, RF_ERR_MISSING, "kv book: heads=list wants a calibrated list of heads, found none");
     for (int l = 0; rule->heads == RF_KV_HEADS_LIST && l < s->num_layers; l++) {
         if (memchr(s->head_list + (int64_t)l * s->num_q_heads, 1, (size_t)s->num_q_heads) == NULL)
-            return rf_fail(err, RF_ERR_CONFIG, "kv book: layer %d has no listed head (flag 1), heads=list wants one", l);
+            return rf_fail(err, RF_ERR_CONFIG, "kv book: layer %d has no listed head (flag 1), heads=list wants one",
+                           l);
     }
     if (rf_kv_track_of(rule) == RF_KV_TRACK_SUM && rule->reduce == RF_KV_REDUCE_MEANVAR)
         return rf_fail(err, RF_ERR_UNSUPPORTED, "kv book: reduce=meanvar of all queries cannot go on while decoding");
@@ -385,19 +386,26 @@ void rf_kv_cut(rf_kv_book *book, int layer, int head, const int32_t *keep, int32
     h->num = count;
 }
 
-static rf_status give_rows(rf_kv_book *book, rf_kv_head *h, rf_error *err) {
-    for (int32_t i = 0; i < h->num; i++) {
-        if (h->row[i] >= 0) continue;
-        if (book->num_free == 0)
-            return rf_fail(err, RF_ERR_STATE, "kv book: the pool's %lld rows are used up", (long long)book->num_rows);
-        h->row[i] = book->free_rows[--book->num_free];
+/* Slot by slot, all heads: those that attention reads at the same time lie near each other. */
+static rf_status give_rows(rf_kv_book *book, int layer, rf_error *err) {
+    int heads = book->shape.num_kv_heads;
+    rf_kv_head *first = rf_kv_head_of(book, layer, 0);
+    int32_t most = rf_kv_book_most(book, layer);
+    for (int32_t i = 0; i < most; i++) {
+        for (rf_kv_head *h = first; h < first + heads; h++) {
+            if (i >= h->num || h->row[i] >= 0) continue;
+            if (book->num_free == 0)
+                return rf_fail(err, RF_ERR_STATE, "kv book: the pool's %lld rows are used up",
+                               (long long)book->num_rows);
+            h->row[i] = book->free_rows[--book->num_free];
+        }
     }
     return RF_OK;
 }
 
-/* Positions keep[0..count) of the prompt (NULL: all) become slots, with their statistics; stored [num_tokens]. */
+/* Positions keep[0..count) of the prompt (NULL: all) become slots without rows, with their statistics; stored [num_tokens]. */
 static rf_status fill(rf_kv_book *book, int layer, int head, int32_t num_tokens, const int32_t *keep, int32_t count,
-                      const float *stored, bool rows, rf_error *err) {
+                      const float *stored, rf_error *err) {
     int index = layer * book->shape.num_kv_heads + head;
     int64_t base = (int64_t)head * num_tokens;
     rf_kv_head *h = &book->heads[index];
@@ -413,7 +421,7 @@ static rf_status fill(rf_kv_book *book, int layer, int head, int32_t num_tokens,
     }
     h->num = count;
     book->info.kept += count;
-    return rows ? give_rows(book, h, err) : RF_OK;
+    return RF_OK;
 }
 
 int32_t rf_kv_choose(int32_t *keep, float *score, int32_t n, int32_t budget, int32_t front, int32_t back) {
@@ -618,8 +626,8 @@ static rf_status keep_all(rf_kv_book *book, int layer, int32_t num_tokens, rf_er
     bool stored = !book->keeps_all && book->rule.schedule != RF_KV_AT_PREFILL && book->budget > 0 &&
                   book->rule.score != RF_KV_SCORE_POSITION && book->rule.score != RF_KV_SCORE_LADDER;
     for (int h = 0; h < book->shape.num_kv_heads; h++)
-        RF_TRY(fill(book, layer, h, num_tokens, NULL, num_tokens, stored ? book->values : NULL, true, err));
-    return RF_OK;
+        RF_TRY(fill(book, layer, h, num_tokens, NULL, num_tokens, stored ? book->values : NULL, err));
+    return give_rows(book, layer, err);
 }
 
 static rf_status cut_prompt(rf_kv_book *book, int layer, int32_t num_tokens, const rf_kv_stats *stats, rf_error *err) {
@@ -635,15 +643,13 @@ static rf_status cut_prompt(rf_kv_book *book, int layer, int32_t num_tokens, con
     if (as_slots || all) {
         const float *stored = late && !own ? book->scores : book->values;
         for (int h = 0; h < heads; h++) {
-            bool rows = all && layer + 1 < book->shape.num_layers;
-            RF_TRY(fill(book, layer, h, num_tokens, NULL, num_tokens, stored, rows, err));
+            RF_TRY(fill(book, layer, h, num_tokens, NULL, num_tokens, stored, err));
             if (!all)
                 rf_kv_slot_scores(book, rf_kv_head_of(book, layer, h), book->scores + (int64_t)h * num_tokens,
                                   book->work);
         }
         if (all && layer + 1 == book->shape.num_layers) RF_TRY(rf_kv_cut_flat_all(book, skip, err));
-        for (int h = 0; h < heads && all; h++) RF_TRY(give_rows(book, rf_kv_head_of(book, layer, h), err));
-        if (all) return RF_OK;
+        if (all) return give_rows(book, layer, err);
     }
     if (open && rule->alloc == RF_KV_ALLOC_FLAT_HEADS) plan_flat_heads(book, layer, num_tokens, book->keep);
     int32_t cursor = book->cursor[layer];
@@ -660,11 +666,10 @@ static rf_status cut_prompt(rf_kv_book *book, int layer, int32_t num_tokens, con
         }
         if (as_slots) {
             rf_kv_cut(book, layer, h, keep, count);
-            RF_TRY(give_rows(book, rf_kv_head_of(book, layer, h), err));
         } else {
             const float *stored = late && !own ? book->scores : book->values;
             if (rule->score == RF_KV_SCORE_POSITION || rule->score == RF_KV_SCORE_LADDER) stored = NULL;
-            RF_TRY(fill(book, layer, h, num_tokens, keep, count, stored, true, err));
+            RF_TRY(fill(book, layer, h, num_tokens, keep, count, stored, err));
             book->info.evictions += num_tokens - count;
         }
         if (!rf_kv_merges(rule)) continue;
@@ -675,7 +680,7 @@ static rf_status cut_prompt(rf_kv_book *book, int layer, int32_t num_tokens, con
         RF_TRY(rf_kv_join_dropped(&book->joins[(int64_t)layer * heads + h], rule->action, num_tokens, book->ids, keep,
                                   count, k, v, stats != NULL ? stats->head_dim : 0, book->work, err));
     }
-    return RF_OK;
+    return give_rows(book, layer, err);
 }
 
 rf_status rf_kv_book_prefill(rf_kv_book *book, int layer, int32_t num_tokens, const rf_kv_stats *stats, rf_error *err) {
