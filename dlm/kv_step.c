@@ -49,15 +49,26 @@ rf_attention_args rf_kv_step_attention(const rf_kv_session *s, int layer, int fi
     return a;
 }
 
-/* New rows of the packed q|k|v: q turned into step.q, k and v into rows of their own. pairs 0: nothing is turned. */
+/* New rows that nobody reads but attention go straight to the pool. */
+static bool is_direct(const rf_kv_session *s) {
+    return !rf_kv_in_cache_order(s) && s->select == NULL;
+}
+
+static const int32_t *new_rows_at(const rf_kv_session *s, int layer, int first) {
+    int64_t unit = rf_kv_unit_at(s, layer, first);
+    return s->on_device ? s->spare + unit : s->control + s->at.new_rows + unit;
+}
+
+/* New rows of the packed q|k|v: q turned into step.q, k and v into the pool, or into rows of their own (k). pairs 0: nothing is turned. */
 static rf_status split(rf_kv_session *s, int layer, int first, int num, void *q, void *k, int pairs, rf_error *err) {
     const rf_text_model *model = s->model;
     const rf_text_desc *d = &model->desc;
     int64_t kv_cols = s->stage->kv_cols, q_cols = s->stage->q_cols;
     rf_qkv_rope_args args = {.qkv = rows_at(s, s->step.wide, first, q_cols + 2 * kv_cols),
                              .q_out = rows_at(s, q, first, q_cols),
-                             .k = rows_at(s, k, first, kv_cols),
-                             .v = rows_at(s, s->step.v_new, first, kv_cols),
+                             .k = k ? rows_at(s, k, first, kv_cols) : s->k_pool,
+                             .v = k ? rows_at(s, s->step.v_new, first, kv_cols) : s->v_pool,
+                             .pool_rows = k ? NULL : new_rows_at(s, layer, first),
                              .dtype = model->dtype,
                              .batch = num,
                              .rows = 1,
@@ -77,21 +88,31 @@ static rf_status split(rf_kv_session *s, int layer, int first, int num, void *q,
     return s->ops->qkv_rope(s->stream, &args, err);
 }
 
-static rf_status append(rf_kv_session *s, int layer, int first, int num, rf_error *err) {
+/* k: rows [B][Hkv * D] and those of step.v_new, which go to the pool; NULL: the lists alone. Of the sequences' heads in num_layers layers:
+ * more than one only for whole batches. */
+static rf_status append(rf_kv_session *s, int layer, int num_layers, int first, int num, const char *k, rf_error *err) {
     int64_t unit = rf_kv_unit_at(s, layer, first), kv_cols = s->stage->kv_cols;
-    void *k = rf_kv_in_cache_order(s) ? s->step.k_raw : s->step.k_new;
-    rf_kv_append_args args = {.k = rows_at(s, k, first, kv_cols),
-                              .v = rows_at(s, s->step.v_new, first, kv_cols),
-                              .k_pool = s->k_pool,
-                              .v_pool = s->v_pool,
-                              .new_rows = s->on_device ? s->spare + unit : s->control + s->at.new_rows + unit,
+    rf_kv_append_args args = {.new_rows = new_rows_at(s, layer, first),
                               .rows = s->rows + unit * s->stride,
                               .lens = s->lens + unit,
                               .rows_stride = s->stride,
-                              .heads = (int64_t)num * s->num_kv_heads,
+                              .heads = (int64_t)num_layers * num * s->num_kv_heads,
                               .head_dim = s->head_dim,
                               .dtype = s->model->dtype};
+    if (k != NULL) {
+        args.k = k + (size_t)(first * kv_cols) * rf_kv_elem(s);
+        args.v = rows_at(s, s->step.v_new, first, kv_cols);
+        args.k_pool = s->k_pool;
+        args.v_pool = s->v_pool;
+    }
     return s->ops->kv_append(s->stream, &args, err);
+}
+
+/* The new slots of all layers, where their rows come straight from qkv_rope. */
+static rf_status append_all(rf_kv_session *s, int first, int num, rf_error *err) {
+    if (num == s->batch) return append(s, 0, s->num_layers, first, num, NULL, err);
+    for (int l = 0; l < s->num_layers; l++) RF_TRY(append(s, l, 1, first, num, NULL, err));
+    return RF_OK;
 }
 
 /* Do all heads of a layer always have as many slots? */
@@ -241,8 +262,8 @@ static rf_status queue_layer(rf_kv_session *s, int layer, int first, int num, in
     RF_TRY(rf_text_linear(&run, h, w->qkv, w->qkv_bias, rows_at(s, b->wide, first, q_cols + 2 * kv_cols), num,
                           q_cols + 2 * kv_cols, hidden, err));
     if (rf_kv_in_cache_order(s)) RF_TRY(split(s, layer, first, num, b->attn, b->k_raw, 0, err));
-    RF_TRY(split(s, layer, first, num, b->q, b->k_new, s->head_dim / 2, err));
-    RF_TRY(append(s, layer, first, num, err));
+    RF_TRY(split(s, layer, first, num, b->q, is_direct(s) ? NULL : b->k_new, s->head_dim / 2, err));
+    if (!is_direct(s)) RF_TRY(append(s, layer, 1, first, num, rf_kv_in_cache_order(s) ? b->k_raw : b->k_new, err));
     for (int i = first; rf_kv_in_cache_order(s) && i < first + num; i++)
         RF_TRY(read_in_order(s, layer, i, kv_len, err));
     if (s->draft_at >= 0)
@@ -289,6 +310,7 @@ static rf_status queue_step(rf_kv_session *s, int first, int num, int64_t kv_len
     RF_TRY(s->ops->norm(s->stream, &norm, err));
     if (s->on_device) RF_TRY(note_positions(s, first, num, err));
     if (s->slides) RF_TRY(rf_kv_slide_sinks(s, err));
+    if (is_direct(s)) RF_TRY(append_all(s, first, num, err));
     for (int l = 0; l < s->num_layers; l++) RF_TRY(queue_layer(s, l, first, num, kv_len, err));
     return head ? rf_kv_queue_head(s, x, first, num, err) : RF_OK;
 }

@@ -117,7 +117,8 @@ typedef struct {
 
 /* Puts a new token of each of `heads` heads (all sequences and key heads of a layer) behind its slots: k and v [heads][D] (dense,
  * dtype) go to row new_rows[h] of the pool; rows[h * rows_stride + lens[h]] = new_rows[h]; then lens[h] += 1. Everything is device
- * memory. new_rows[h] < 0: that head is left alone. With lens == NULL only the data moves. */
+ * memory. new_rows[h] < 0: that head is left alone. With lens == NULL only the data moves; with k, v and the pools NULL only the lists
+ * grow (rf_qkv_rope has put the data there). */
 typedef struct {
     const void *k, *v;
     void *k_pool, *v_pool;

@@ -110,6 +110,15 @@ static inline rf_status rf_kv_append_check(const rf_kv_append_args *a, rf_error 
     return rf_text_size(op, "rows_stride", a->rows_stride, 1, RF_KV_MAX_STRIDE, err);
 }
 
+static inline rf_status rf_kv_append_pointers(const rf_kv_append_args *a, rf_error *err) {
+    bool lists = a->lens && !a->k && !a->v && !a->k_pool && !a->v_pool; /* alone */
+    const void *any = a->new_rows;
+    const void *const needed[] = {
+        lists ? any : a->k,     lists ? any : a->v, lists ? any : a->k_pool, lists ? any : a->v_pool, any,
+        a->lens ? a->rows : any};
+    return rf_text_pointers("kv_append", needed, 6, err);
+}
+
 static inline rf_status rf_kv_evict_check(const rf_kv_evict_args *a, rf_error *err) {
     static const char op[] = "kv_evict";
     RF_TRY(rf_text_dtype(op, "dtype", a->dtype, err));

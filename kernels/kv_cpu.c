@@ -577,16 +577,17 @@ rf_status rf_kv_append_cpu(rf_stream *stream, const rf_kv_append_args *a, rf_err
     RF_TRY(rf_kv_append_check(a, err));
     RF_TRY(rf_check_f32("kv_append: dtype", a->dtype, err));
     if (!stream || a->heads == 0) return RF_OK;
-    const void *const needed[] = {a->k, a->v, a->k_pool, a->v_pool, a->new_rows, a->lens ? a->rows : a->new_rows};
-    RF_TRY(rf_text_pointers("kv_append", needed, 6, err));
+    RF_TRY(rf_kv_append_pointers(a, err));
     rf_stream_note_launch(stream, "kv_append");
     const int64_t d = a->head_dim;
 #pragma omp parallel for num_threads(rf_cpu_threads(stream)) schedule(static) if (a->heads * d > RF_SERIAL_WORK)
     for (int64_t h = 0; h < a->heads; h++) {
         const int32_t row = a->new_rows[h];
         if (row < 0) continue;
-        memcpy((float *)a->k_pool + row * d, (const float *)a->k + h * d, (size_t)d * sizeof(float));
-        memcpy((float *)a->v_pool + row * d, (const float *)a->v + h * d, (size_t)d * sizeof(float));
+        if (a->k) {
+            memcpy((float *)a->k_pool + row * d, (const float *)a->k + h * d, (size_t)d * sizeof(float));
+            memcpy((float *)a->v_pool + row * d, (const float *)a->v + h * d, (size_t)d * sizeof(float));
+        }
         if (!a->lens) continue;
         a->rows[h * a->rows_stride + a->lens[h]] = row;
         a->lens[h]++;

@@ -110,7 +110,7 @@ static __global__ void __launch_bounds__(ROW_THREADS)
     if (h >= p.heads) return;
     const int32_t row = p.new_rows[h];
     if (row < 0) return;
-    if (num > 0) {
+    if (num > 0 && p.k) {
         float k[8], v[8];
         const int64_t from = h * p.head_dim + c, to = (int64_t)row * p.head_dim + c;
         rf_kv_load8<WIDE>((const T *)p.k + from, num, k);
@@ -136,8 +136,7 @@ extern "C" rf_status rf_kv_append_cuda(rf_stream *stream, const rf_kv_append_arg
     RF_TRY(rf_kv_append_check(a, err));
     RF_TRY(rf_kv_check_row("kv_append", a->head_dim, err));
     if (!stream || a->heads == 0) return RF_OK;
-    const void *const needed[] = {a->k, a->v, a->k_pool, a->v_pool, a->new_rows, a->lens ? a->rows : a->new_rows};
-    RF_TRY(rf_text_pointers("kv_append", needed, 6, err));
+    RF_TRY(rf_kv_append_pointers(a, err));
     return a->dtype == RF_DTYPE_F32 ? launch_append<float>(stream, a, err) : launch_append<rf_bf16>(stream, a, err);
 }
 

@@ -164,10 +164,15 @@ static __global__ void __launch_bounds__(ROPE_THREADS)
     if (head < hq) {
         to = (T *)p.q_out + ((int64_t)row * hq + head) * dim;
     } else {
-        const uint32_t sequence = row / (uint32_t)p.rows;
-        const int64_t at = sequence * p.k_batch_stride + min(pos, p.cache_rows - 1) * p.k_row_stride;
-        to = head < hq + hkv ? (T *)p.k + at + (int64_t)(head - hq) * dim
-                             : (T *)p.v + at + (int64_t)(head - hq - hkv) * dim;
+        const bool is_key = head < hq + hkv;
+        const uint32_t kv_head = head - hq - (is_key ? 0 : hkv), sequence = row / (uint32_t)p.rows;
+        int64_t at = sequence * p.k_batch_stride + min(pos, p.cache_rows - 1) * p.k_row_stride + (int64_t)kv_head * dim;
+        if (p.pool_rows) {
+            const int32_t pool_row = p.pool_rows[row * hkv + kv_head];
+            if (pool_row < 0) return;
+            at = (int64_t)pool_row * dim;
+        }
+        to = (is_key ? (T *)p.k : (T *)p.v) + at;
     }
     store8<WIDE>(to + first, num, v);
 }

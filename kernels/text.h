@@ -29,6 +29,8 @@ typedef struct {
  *   q_out    [B*n][Hq][D] dtype, written
  *   k, v     caches [B][C][Hkv][D] dtype: row min(pos, C - 1) of each sequence is written (scatter); strides in elements.
  *            k_batch_stride between sequences, k_row_stride between positions (both caches share them)
+ *   pool_rows  device int32 [B*n][Hkv] or NULL: k and v are pools [.][D], and head h of row r goes to row pool_rows[r * Hkv + h]
+ *            of them, negative: nowhere; C and the strides are then not used
  *   positions device int32 [B*n]
  *   q_norm, k_norm  [D] f32 or NULL: RMSNorm over a head before the turn (Qwen3), eps norm_eps
  *   table    device f32 [table_rows][pairs][2] = (cos, sin); pairs <= D/2; element j turns with j + pairs (half-split,
@@ -41,7 +43,7 @@ typedef struct {
     int64_t batch, rows; /* B, n */
     int num_q_heads, num_kv_heads, head_dim, pairs;
     int64_t cache_rows, k_batch_stride, k_row_stride; /* C */
-    const int32_t *positions;
+    const int32_t *positions, *pool_rows;
     const float *q_norm, *k_norm;
     float norm_eps;
     const float *table;

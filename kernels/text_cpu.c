@@ -64,12 +64,16 @@ rf_status rf_qkv_rope_cpu(rf_stream *stream, const rf_qkv_rope_args *a, rf_error
         const float *in = (const float *)a->qkv + r * width;
         const float *table = a->pairs ? a->table + rf_min64(pos, a->table_rows - 1) * a->pairs * 2 : NULL;
         const int64_t at = r / a->rows * a->k_batch_stride + row * a->k_row_stride;
-        float *q = (float *)a->q_out + r * hq * d, *k = (float *)a->k + at, *v = (float *)a->v + at;
+        float *q = (float *)a->q_out + r * hq * d;
         for (int64_t h = 0; h < hq; h++)
             norm_and_turn(q + h * d, in + h * d, d, a->pairs, a->q_norm, a->norm_eps, table);
-        for (int64_t h = 0; h < hkv; h++)
-            norm_and_turn(k + h * d, in + (hq + h) * d, d, a->pairs, a->k_norm, a->norm_eps, table);
-        memcpy(v, in + (hq + hkv) * d, (size_t)(hkv * d) * sizeof *v);
+        for (int64_t h = 0; h < hkv; h++) {
+            const int64_t pool_row = a->pool_rows ? a->pool_rows[r * hkv + h] : 0,
+                          to = a->pool_rows ? pool_row * d : at + h * d;
+            if (pool_row < 0) continue;
+            norm_and_turn((float *)a->k + to, in + (hq + h) * d, d, a->pairs, a->k_norm, a->norm_eps, table);
+            memcpy((float *)a->v + to, in + (hq + hkv + h) * d, (size_t)d * sizeof(float));
+        }
     }
     return RF_OK;
 }

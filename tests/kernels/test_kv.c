@@ -776,13 +776,15 @@ START_TEST(append_puts_tokens_behind) {
             lens[h] = h % STRIDE;
         }
         for (int i = 0; i < HEADS_OF * STRIDE; i++) rows[i] = 1000 + i;
-        for (int listed = 0; listed < 2; listed++) {
+        enum { DATA, DATA_AND_LISTS, LISTS };
+        for (int what = DATA; what <= LISTS; what++) {
+            const bool listed = what != DATA;
             operand k_pool = op_poison(dtype, (size_t)(POOL * d)), v_pool = op_poison(dtype, (size_t)(POOL * d));
             int32_t *dev_rows = (int32_t *)dev_i32(rows, LENGTH(rows)), *dev_lens = (int32_t *)dev_i32(lens, HEADS_OF);
-            const rf_kv_append_args a = {.k = k.dev,
-                                         .v = v.dev,
-                                         .k_pool = k_pool.dev,
-                                         .v_pool = v_pool.dev,
+            const rf_kv_append_args a = {.k = what == LISTS ? NULL : k.dev,
+                                         .v = what == LISTS ? NULL : v.dev,
+                                         .k_pool = what == LISTS ? NULL : k_pool.dev,
+                                         .v_pool = what == LISTS ? NULL : v_pool.dev,
                                          .new_rows = dev_i32(new_rows, HEADS_OF),
                                          .rows = listed ? dev_rows : NULL,
                                          .lens = listed ? dev_lens : NULL,
@@ -795,7 +797,7 @@ START_TEST(append_puts_tokens_behind) {
             double *want_k = host_doubles(k_pool.num), *want_v = host_doubles(v_pool.num);
             for (size_t i = 0; i < k_pool.num; i++) want_k[i] = want_v[i] = NAN;
             for (int h = 0; h < HEADS_OF; h++)
-                for (int x = 0; x < d && new_rows[h] >= 0; x++) {
+                for (int x = 0; x < d && new_rows[h] >= 0 && what != LISTS; x++) {
                     want_k[new_rows[h] * d + x] = k.host[h * d + x];
                     want_v[new_rows[h] * d + x] = v.host[h * d + x];
                 }

@@ -182,6 +182,59 @@ static void qkv_run(const qkv_case *c, rf_dtype dtype) {
     expect_close(&v, want_v, 0, "qkv_rope v", "%s", what);
 }
 
+/* Keys and values to rows of pools, some nowhere: what the caches get, elsewhere. */
+START_TEST(qkv_rope_reaches_listed_rows) {
+    static const int dims[] = {64, 128, 80, 7};
+    for (size_t n = 0; n < LENGTH(dims); n++) {
+        enum { B = 3, N = 2, HQ = 4, HKV = 2, POOL = 30 };
+        const int d = dims[n], pairs = d / 2, width = (HQ + 2 * HKV) * d;
+        const rf_dtype dtype = test_dtype(_i);
+        operand qkv = op_normal(dtype, (size_t)(B * N * width), 0, 1),
+                q_out = op_poison(dtype, (size_t)(B * N * HQ * d));
+        operand k = op_poison(dtype, (size_t)(B * N * HKV * d)), v = op_poison(dtype, (size_t)(B * N * HKV * d));
+        operand k_pool = op_poison(dtype, (size_t)(POOL * d)), v_pool = op_poison(dtype, (size_t)(POOL * d));
+        operand table = op_normal(RF_DTYPE_F32, (size_t)(N * pairs * 2), 0, 1);
+        int32_t positions[B * N], pool_rows[B * N * HKV], order[POOL];
+        random_permutation(order, POOL, 5);
+        for (int i = 0; i < B * N; i++) positions[i] = i % N;
+        for (int i = 0; i < B * N * HKV; i++) pool_rows[i] = i % 5 == 3 ? -1 : order[i];
+        rf_qkv_rope_args a = {.qkv = qkv.dev,
+                              .q_out = q_out.dev,
+                              .k = k.dev,
+                              .v = v.dev,
+                              .dtype = dtype,
+                              .batch = B,
+                              .rows = N,
+                              .num_q_heads = HQ,
+                              .num_kv_heads = HKV,
+                              .head_dim = d,
+                              .pairs = pairs,
+                              .cache_rows = N,
+                              .k_batch_stride = N * HKV * d,
+                              .k_row_stride = HKV * d,
+                              .positions = dev_i32(positions, B * N),
+                              .table = table.dev,
+                              .table_rows = N};
+        expect_ok(test_ops()->qkv_rope(test_stream(), &a, &err));
+        op_download(&k);
+        op_download(&v);
+        a.k = k_pool.dev;
+        a.v = v_pool.dev;
+        a.pool_rows = dev_i32(pool_rows, B * N * HKV);
+        expect_ok(test_ops()->qkv_rope(test_stream(), &a, &err));
+        double *want_k = host_doubles(k_pool.num), *want_v = host_doubles(v_pool.num);
+        for (size_t i = 0; i < k_pool.num; i++) want_k[i] = want_v[i] = NAN;
+        for (int i = 0; i < B * N * HKV; i++)
+            for (int x = 0; x < d && pool_rows[i] >= 0; x++) {
+                want_k[pool_rows[i] * d + x] = k.host[i * d + x];
+                want_v[pool_rows[i] * d + x] = v.host[i * d + x];
+            }
+        expect_close(&k_pool, want_k, 0, "qkv_rope pool of keys", "%d", d);
+        expect_close(&v_pool, want_v, 0, "qkv_rope pool of values", "%d", d);
+    }
+}
+END_TEST
+
 START_TEST(qkv_rope_matches_double) {
     for (int dtype = 0; dtype < test_num_dtypes(); dtype++) qkv_run(&qkv_cases[_i], test_dtype(dtype));
 }
@@ -1174,6 +1227,7 @@ int main(void) {
     TCase *tcase = kernel_tcase(suite, "text");
     add_for_dtypes(tcase, embed_gathers_and_scales);
     tcase_add_loop_test(tcase, qkv_rope_matches_double, 0, (int)LENGTH(qkv_cases));
+    add_for_dtypes(tcase, qkv_rope_reaches_listed_rows);
     add_for_dtypes(tcase, swiglu_matches_double);
     tcase_add_loop_test(tcase, head_stats_match_double, 0, (int)LENGTH(head_shapes));
     add_for_dtypes(tcase, head_stats_of_any_numbers);
