@@ -57,6 +57,10 @@ static rf_status host_elapsed_ms(rf_stream *s, int from, int to, double *ms, rf_
     return RF_OK;
 }
 
+static rf_status host_wait_mark(rf_stream *s, int index, rf_error *err) {
+    return RF_OK;
+}
+
 static const rf_backend_ops host_ops = {
     .alloc = host_alloc,
     .free = host_free,
@@ -71,6 +75,7 @@ static const rf_backend_ops host_ops = {
     .synchronize = host_synchronize,
     .mark = host_mark,
     .elapsed_ms = host_elapsed_ms,
+    .wait_mark = host_wait_mark,
 };
 
 static int host_num_threads(void) {
@@ -353,11 +358,18 @@ rf_status rf_stream_synchronize(rf_stream *stream, rf_error *err) {
     return stream->backend->ops->synchronize(stream, err);
 }
 
+static rf_status check_mark(const rf_stream *s, int index, rf_error *err) {
+    if (index >= 0 && index < RF_NUM_MARKS) return RF_OK;
+    return rf_fail(err, RF_ERR_ARGUMENT, "%s: mark %d is outside 0..%d", s->backend->name, index, RF_NUM_MARKS - 1);
+}
+
+static rf_status check_marked(const rf_stream *s, int index, rf_error *err) {
+    RF_TRY(check_mark(s, index, err));
+    return s->marked[index] ? RF_OK : rf_fail(err, RF_ERR_STATE, "%s: mark %d was never set", s->backend->name, index);
+}
+
 rf_status rf_stream_mark(rf_stream *stream, int index, rf_error *err) {
-    if (index < 0 || index >= RF_NUM_MARKS) {
-        return rf_fail(err, RF_ERR_ARGUMENT, "%s: mark %d is outside 0..%d", stream->backend->name, index,
-                       RF_NUM_MARKS - 1);
-    }
+    RF_TRY(check_mark(stream, index, err));
     rf_status st = refuse_in_capture(stream, "mark", err);
     if (st != RF_OK) return st;
     bind(stream->backend);
@@ -368,18 +380,18 @@ rf_status rf_stream_mark(rf_stream *stream, int index, rf_error *err) {
 
 rf_status rf_stream_elapsed_ms(rf_stream *stream, int from, int to, double *ms, rf_error *err) {
     *ms = 0;
-    const int indices[2] = {from, to};
-    for (int i = 0; i < 2; i++) {
-        if (indices[i] < 0 || indices[i] >= RF_NUM_MARKS) {
-            return rf_fail(err, RF_ERR_ARGUMENT, "%s: mark %d is outside 0..%d", stream->backend->name, indices[i],
-                           RF_NUM_MARKS - 1);
-        }
-        if (!stream->marked[indices[i]]) {
-            return rf_fail(err, RF_ERR_STATE, "%s: mark %d was never set", stream->backend->name, indices[i]);
-        }
-    }
+    RF_TRY(check_marked(stream, from, err));
+    RF_TRY(check_marked(stream, to, err));
     bind(stream->backend);
     return stream->backend->ops->elapsed_ms(stream, from, to, ms, err);
+}
+
+rf_status rf_stream_wait_mark(rf_stream *stream, int index, rf_error *err) {
+    RF_TRY(check_marked(stream, index, err));
+    RF_TRY(refuse_in_capture(stream, "wait for a mark", err));
+    bind(stream->backend);
+    atomic_fetch_add(&stream->backend->num_syncs, 1);
+    return stream->backend->ops->wait_mark(stream, index, err);
 }
 
 void rf_stream_set_phase(rf_stream *stream, rf_phase phase) {

@@ -56,6 +56,8 @@ rf_status rf_stream_synchronize(rf_stream *stream, rf_error *err);
 /* Time in milliseconds on the stream: mark i (0..15), then the time between two marks after a synchronise. */
 rf_status rf_stream_mark(rf_stream *stream, int index, rf_error *err);
 rf_status rf_stream_elapsed_ms(rf_stream *stream, int from, int to, double *ms, rf_error *err);
+/* Waits until the stream has passed the last setting of a mark; what was queued behind it goes on. Errors as synchronize. */
+rf_status rf_stream_wait_mark(rf_stream *stream, int index, rf_error *err);
 
 /* PLAN: operators may tune and allocate. RUN: they may not; a GEMM whose algorithm was not chosen in PLAN is refused with
  * RF_ERR_STATE. A new stream is in PLAN. */
@@ -74,7 +76,7 @@ void rf_graph_destroy(rf_graph *graph); /* NULL is a no-op */
 
 typedef struct {
     uint64_t num_device_allocs;
-    uint64_t num_syncs;    /* host waits: synchronize, blocking copies */
+    uint64_t num_syncs;    /* host waits: synchronize, marks, blocking copies */
     uint64_t num_launches; /* operators queued directly */
     uint64_t num_graph_launches;
     size_t device_bytes; /* allocated now */

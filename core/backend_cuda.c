@@ -139,6 +139,11 @@ static rf_status cuda_elapsed_ms(rf_stream *s, int from, int to, double *ms, rf_
     return RF_OK;
 }
 
+static rf_status cuda_wait_mark(rf_stream *s, int index, rf_error *err) {
+    cudaError_t e = cudaEventSynchronize((cudaEvent_t)s->events[index]);
+    return e == cudaSuccess ? RF_OK : fail_cuda(s->backend, s, e, "queued work", err);
+}
+
 /* ---- graphs ---- */
 
 static rf_status cuda_graph_begin(rf_stream *s, rf_error *err) {
@@ -194,6 +199,7 @@ static const rf_backend_ops cuda_ops = {
     .synchronize = cuda_synchronize,
     .mark = cuda_mark,
     .elapsed_ms = cuda_elapsed_ms,
+    .wait_mark = cuda_wait_mark,
     .graph_begin = cuda_graph_begin,
     .graph_end = cuda_graph_end,
     .graph_launch = cuda_graph_launch,

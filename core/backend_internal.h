@@ -27,6 +27,7 @@ typedef struct {
     rf_status (*synchronize)(rf_stream *s, rf_error *err);
     rf_status (*mark)(rf_stream *s, int index, rf_error *err);
     rf_status (*elapsed_ms)(rf_stream *s, int from, int to, double *ms, rf_error *err);
+    rf_status (*wait_mark)(rf_stream *s, int index, rf_error *err);
 
     /* NULL where the device has no graphs */
     rf_status (*graph_begin)(rf_stream *s, rf_error *err);

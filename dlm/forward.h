@@ -39,9 +39,9 @@ typedef struct {
     bool keep_inputs;      /* planes for RF_PASS_DRIFT: each layer's input of every row, and its q */
     bool keep_increments;  /* planes for RF_PASS_VERIFY: attention and FFN increments of every row */
     int32_t external_slots; /* rows whose block-external attention is kept (f32 out and lse in every layer); 0 = none */
-    /* Planes for the keys and values of one layer only: layers are run one after the other over all rows
-     * (dlm/kv_session.h), and rf_text_session_forward refuses. */
-    bool one_layer;
+    /* 0 = planes for the keys and values of every layer. Else only so many, layer l in plane l mod layer_planes: layers are run one
+     * after the other over all rows (dlm/kv_session.h), and rf_text_session_forward refuses. */
+    int layer_planes;
     rf_dtype residual_dtype; /* RF_DTYPE_COUNT = f32 on the host, bf16 models: f32 too unless said otherwise */
     bool use_graphs;         /* CUDA; default true */
     bool tune_gemm;

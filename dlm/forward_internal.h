@@ -215,11 +215,14 @@ static inline char *rf_text_plane(const rf_text_session *s, char *plane, int lay
     return plane +
            (size_t)layer * (size_t)s->options.batch * (size_t)s->cache_rows * (size_t)cols * rf_dtype_bytes(dtype);
 }
+static inline int rf_text_plane_of(const rf_text_session *s, int layer) {
+    return s->options.layer_planes > 0 ? layer % s->options.layer_planes : layer;
+}
 static inline char *rf_text_keys(const rf_text_session *s, int layer) {
-    return rf_text_plane(s, s->b.k, s->options.one_layer ? 0 : layer, s->kv_cols, s->model->dtype);
+    return rf_text_plane(s, s->b.k, rf_text_plane_of(s, layer), s->kv_cols, s->model->dtype);
 }
 static inline char *rf_text_values(const rf_text_session *s, int layer) {
-    return rf_text_plane(s, s->b.v, s->options.one_layer ? 0 : layer, s->kv_cols, s->model->dtype);
+    return rf_text_plane(s, s->b.v, rf_text_plane_of(s, layer), s->kv_cols, s->model->dtype);
 }
 
 /* y [m, n] = x [m, k] w^T + bias. */

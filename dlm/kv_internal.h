@@ -88,6 +88,8 @@ struct rf_kv_session {
     int32_t num_drafted;
     bool on_device; /* slots are chosen by kv_evict; the books end with the prompt */
     bool slides;    /* positions inside the cache by kv_slide.c */
+    bool overlaps;  /* a prompt's layer is chosen while the next one is computed: two planes of everything that a choice reads */
+    bool ahead;     /* this prompt is */
     bool host;      /* the backend is the host's */
     rf_kv_evict_mode evict_mode;
 
@@ -101,7 +103,7 @@ struct rf_kv_session {
     char *memory;
     size_t memory_bytes, pool_bytes;
     char *k_pool, *v_pool; /* [batch * pool_rows][D] */
-    char *k_raw_plane;     /* CACHE, EXPECTED: unturned keys of the layer, as the staging plane */
+    char *k_raw_plane;     /* CACHE, EXPECTED: unturned keys, as the staging planes: rf_kv_unturned() */
     char *x_plane;         /* [max_prompt + chunk][hidden], then [extra + chunk][hidden] */
     char *q_raw;           /* [chunk][Hq * D] */
     char *draft_q;         /* [L][drafts][Hq * D] turned queries of drafted tokens */
@@ -115,7 +117,8 @@ struct rf_kv_session {
     float *scores;                        /* on_device: [L][U][stride] */
     int32_t *copy_lists;                  /* from, to, turn: [3][Hkv][list_stride], counts [Hkv] */
     float *lse, *weights;                 /* [Hq][chunk], [max_prompt + extra] */
-    rf_kv_measures measured, host_measured;
+    rf_kv_measures measured, host_measured, host_odd; /* host_odd: of odd layers, with overlaps */
+    rf_kv_stats layer_stats[2];
     float *anchor;                    /* [Hkv][D] */
     char *mean_k, *mean_v, *mean_out; /* COMPENSATE: [L][U][D] twice, [B][Hq * D] */
     float *mean_logs, *mean_lse;      /* [L][B][Hq] ln of how many, [B][Hq] */
@@ -124,7 +127,7 @@ struct rf_kv_session {
     void *workspace;
     size_t workspace_bytes;
     rf_kv_step_buffers step;
-    int32_t *control;
+    int32_t *control, *prompt_control; /* prompt_control: [chunks of a prompt, pseudo rows][stage->control_words] */
     rf_kv_control at;
     char *head_h; /* [B][hidden] */
     rf_token_stats *stats;
@@ -172,6 +175,14 @@ static inline bool rf_kv_in_cache_order(const rf_kv_session *s) {
 static inline bool rf_kv_keeps_unturned(const rf_kv_session *s) {
     return rf_kv_in_cache_order(s) || (s->prefill_needs & RF_KV_NEED_EXPECTED) != 0;
 }
+static inline char *rf_kv_unturned(const rf_kv_session *s, int layer) {
+    return rf_text_plane(s->stage, s->k_raw_plane, rf_text_plane_of(s->stage, layer), s->stage->kv_cols,
+                         s->model->dtype);
+}
+/* Budgets of layers that are known after later ones. */
+static inline bool rf_kv_decides_late(const rf_kv_session *s) {
+    return s->rule.alloc == RF_KV_ALLOC_CAKE || s->rule.alloc == RF_KV_ALLOC_FLAT_ALL;
+}
 static inline int64_t rf_kv_unit_at(const rf_kv_session *s, int layer, int sequence) {
     return ((int64_t)layer * s->batch + sequence) * s->num_kv_heads;
 }
@@ -180,6 +191,10 @@ static inline int64_t rf_kv_unit_at(const rf_kv_session *s, int layer, int seque
 
 rf_status rf_kv_session_create_as(rf_kv_session **out, const rf_text_model *model, const rf_kv_session_options *options,
                                   bool may_use_device, rf_error *err);
+/* may_overlap: if the rule's choice needs nothing that is only there inside of a layer. As: where there is a device. */
+rf_status rf_kv_session_create_with(rf_kv_session **out, const rf_text_model *model,
+                                    const rf_kv_session_options *options, bool may_use_device, bool may_overlap,
+                                    rf_error *err);
 rf_status rf_kv_wait(rf_kv_session *s, rf_error *err);
 double rf_kv_now_ms(void);
 /* Lists and lengths of layers [first, end) of a sequence, from its book. */
@@ -193,7 +208,7 @@ rf_status rf_kv_write_rows(rf_kv_session *s, void *device, int64_t num, const fl
 
 /* --- kv_prefill.c --- */
 
-/* The first num tokens of a sequence: layers, choice, pool. With want_head its last row's statistics. */
+/* The first num tokens of a sequence: layers, choice, pool, lists. With want_head its last row's statistics. */
 rf_status rf_kv_prefill(rf_kv_session *s, int sequence, const int32_t *tokens, int32_t num, bool want_head,
                         rf_error *err);
 
@@ -212,6 +227,9 @@ rf_status rf_kv_measure_queries(rf_kv_session *s, int32_t begin, int32_t rows, r
 rf_status rf_kv_measure_drafts(rf_kv_session *s, int layer, int32_t num, rf_error *err);
 /* Everything else of the layer; *stats is host memory until the next layer. */
 rf_status rf_kv_measure_layer(rf_kv_session *s, int layer, int32_t num, rf_kv_stats *stats, rf_error *err);
+/* The same, queued: *stats is to be read behind what is queued now, until the layer after the next. For rules that overlap. */
+rf_status rf_kv_measure_ahead(rf_kv_session *s, int layer, int32_t num, rf_kv_stats *stats, rf_error *err);
+bool rf_kv_can_overlap(const rf_kv_rule *rule);
 /* Of a step's query of one sequence. Waits. */
 rf_status rf_kv_measure_step(rf_kv_session *s, int layer, int sequence, rf_kv_stats *stats, rf_error *err);
 /* GATE: retention of rows [num][hidden] of h, of a prompt's positions begin.. or of sequences first.. of a step. Wait. */

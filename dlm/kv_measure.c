@@ -388,19 +388,25 @@ static rf_status measure_norms(rf_kv_session *s, unsigned needs, const rf_kv_sou
 /* num entries of each row, where the host does not see them anyway. */
 static rf_status fetch_rows(rf_kv_session *s, const float *device, float *host, int rows, int64_t num, rf_error *err) {
     if (device == NULL || device == host) return RF_OK;
+    if (2 * num > s->stats_stride) /* one copy, gaps and all */
+        return rf_stream_download(s->stream, host, device, (size_t)((rows - 1) * s->stats_stride + num) * sizeof *host,
+                                  err);
     for (int h = 0; h < rows; h++)
         RF_TRY(rf_stream_download(s->stream, host + h * s->stats_stride, device + h * s->stats_stride,
                                   (size_t)num * sizeof *host, err));
     return RF_OK;
 }
 
-/* What operators made, on the host, and the record of it. Waits. */
-static rf_status fetch_measures(rf_kv_session *s, unsigned needs, int64_t num, int32_t num_queries, rf_kv_stats *stats,
-                                rf_error *err) {
-    const rf_kv_measures *d = &s->measured, *h = &s->host_measured;
+/* What operators made, on its way to the host, and the record of it. */
+static rf_status fetch_measures(rf_kv_session *s, unsigned needs, int64_t num, int32_t num_queries,
+                                const rf_kv_measures *h, rf_kv_stats *stats, rf_error *err) {
+    const rf_kv_measures *d = &s->measured;
     int hq = s->num_q_heads, hkv = s->num_kv_heads;
-    *stats = (rf_kv_stats){
-        .num_keys = (int32_t)num, .stride = s->stats_stride, .num_queries = num_queries, .head_dim = s->head_dim};
+    *stats = (rf_kv_stats){.num_keys = (int32_t)num,
+                           .stride = s->stats_stride,
+                           .num_queries = num_queries,
+                           .head_dim = s->head_dim,
+                           .num_threads = rf_backend_num_threads(s->backend)};
     struct {
         unsigned need;
         const float *device;
@@ -426,7 +432,27 @@ static rf_status fetch_measures(rf_kv_session *s, unsigned needs, int64_t num, i
             RF_TRY(rf_stream_download(s->stream, h->entropy, d->entropy, (size_t)hq * sizeof(float), err));
         stats->entropy = h->entropy;
     }
-    return rf_kv_wait(s, err);
+    return RF_OK;
+}
+
+bool rf_kv_can_overlap(const rf_kv_rule *r) {
+    /* only what operators measure, of queries that the layers themselves compute; slots go or stay as they are */
+    unsigned reads = BY_QUERIES | RF_KV_NEED_KEY_NORM | RF_KV_NEED_VALUE_NORM | RF_KV_NEED_KEY_COSINE;
+    bool extra = r->score == RF_KV_SCORE_ATTENTION &&
+                 (r->queries == RF_KV_QUERIES_PSEUDO || r->queries == RF_KV_QUERIES_DRAFTED);
+    return r->action == RF_KV_DROP && !extra && !(rf_kv_needs_prefill(r) & ~reads);
+}
+
+rf_status rf_kv_measure_ahead(rf_kv_session *s, int layer, int32_t num, rf_kv_stats *stats, rf_error *err) {
+    const rf_text_session *stage = s->stage;
+    rf_kv_source source = {.k = rf_text_keys(stage, layer),
+                           .v = rf_text_values(stage, layer),
+                           .row_stride = stage->kv_cols,
+                           .head_stride = s->head_dim,
+                           .num_keys = num};
+    RF_TRY(measure_norms(s, s->needs, &source, err));
+    return fetch_measures(s, s->needs, num, count_queries(s, num), layer % 2 ? &s->host_odd : &s->host_measured, stats,
+                          err);
 }
 
 rf_status rf_kv_measure_layer(rf_kv_session *s, int layer, int32_t num, rf_kv_stats *stats, rf_error *err) {
@@ -439,7 +465,8 @@ rf_status rf_kv_measure_layer(rf_kv_session *s, int layer, int32_t num, rf_kv_st
                            .num_keys = num};
     RF_TRY(rf_kv_measure_drafts(s, layer, num, err));
     RF_TRY(measure_norms(s, needs, &source, err));
-    RF_TRY(fetch_measures(s, needs, num, count_queries(s, num), stats, err));
+    RF_TRY(fetch_measures(s, needs, num, count_queries(s, num), &s->host_measured, stats, err));
+    RF_TRY(rf_kv_wait(s, err));
     if (needs & (RF_KV_NEED_KV | RF_KV_NEED_EXPECTED)) {
         RF_TRY(fetch_keys(s, source.k, num, s->host_k, err));
         if (needs & RF_KV_NEED_KV) RF_TRY(fetch_keys(s, source.v, num, s->host_v, err));
@@ -521,7 +548,8 @@ rf_status rf_kv_measure_step(rf_kv_session *s, int layer, int sequence, rf_kv_st
         RF_TRY(s->ops->kv_loss(s->stream, &l, err));
     }
     RF_TRY(measure_norms(s, needs, &c.source, err));
-    RF_TRY(fetch_measures(s, needs, most, 1, stats, err));
+    RF_TRY(fetch_measures(s, needs, most, 1, &s->host_measured, stats, err));
+    RF_TRY(rf_kv_wait(s, err));
     for (int h = 0; h < s->num_kv_heads && (needs & RF_KV_NEED_GATE); h++) {
         int32_t newest = rf_kv_book_head(q->book, layer, h)->num - 1;
         s->gate_values[h * s->stats_stride + newest] = s->step_gates[first + h];
@@ -606,7 +634,7 @@ rf_status rf_kv_join_prompt(rf_kv_session *s, int layer, int sequence, int32_t n
     if (total == 0) return RF_OK;
     int64_t cols = s->stage->kv_cols, d = s->head_dim;
     char *planes[2] = {rf_text_values(s->stage, layer),
-                       rf_kv_in_cache_order(s) ? s->k_raw_plane : rf_text_keys(s->stage, layer)};
+                       rf_kv_in_cache_order(s) ? rf_kv_unturned(s, layer) : rf_text_keys(s->stage, layer)};
     float *x = rf_alloc((size_t)(num * cols) * sizeof *x);
     double *sums = rf_alloc_zero((size_t)num, sizeof *sums);
     rf_status st = x && sums ? RF_OK : rf_fail(err, RF_ERR_MEMORY, "out of memory to join rows");

@@ -1,6 +1,10 @@
 /* dlm/kv_prefill.c - a prompt, layer by layer: all rows through a layer in chunks, then the layer is measured, the book
  * chooses, and what stays is copied from the staging plane to the pool.
  *
+ * Where a choice reads sums and norms alone, the host makes it while the device computes the next layer, in the other staging plane:
+ * rows of layer l, its measurements on their way to the host, a mark; rows of layer l + 1 and its mark; the host waits for the first
+ * mark, chooses, and queues the copy. What is queued is the same in both ways, so are the bits.
+ *
  * A chunk of a layer queues what a pass of the plain session queues (dlm/pass_layers.c), with the same numbers of rows
  * and keys: the same bits. Residual rows wait in a plane between layers; their norm is made again. */
 #include <string.h>
@@ -12,15 +16,20 @@ typedef struct {
     bool pseudo;
 } chunk;
 
+/* Marks of the stream, in turn: a layer's measurements are with the host; its choice is with the device; all layers are queued. */
+enum { MARKS = 4, MARK_MEASURED = 0, MARK_CHOSEN = MARKS, MARK_LAST = 2 * MARKS };
+
 static char *chunk_x(const rf_kv_session *s, const chunk *c) {
     /* Padding rows behind the prompt may not touch pseudo rows. */
     int64_t row = c->pseudo ? s->options.max_prompt + s->stage->options.max_rows : c->begin;
     return s->x_plane + (size_t)(row * s->model->desc.hidden) * rf_dtype_bytes(s->stage->options.residual_dtype);
 }
 
-/* As a pass over the rows; its lists on their way to the device. */
+/* As a pass over the rows, with tokens: its lists on their way to the device, where they stay for all layers. */
 static rf_status make_run(rf_kv_session *s, const chunk *c, const int32_t *tokens, rf_text_run *run, rf_error *err) {
-    int32_t end = c->begin + c->rows;
+    int32_t end = c->begin + c->rows, size = s->options.prefill_chunk;
+    int64_t index = c->pseudo ? (s->options.max_prompt + size - 1) / size : c->begin / size;
+    s->stage->b.control = s->prompt_control + index * (int64_t)s->stage->control_words;
     rf_text_pass pass = rf_text_pass_default();
     pass.num_rows = c->rows;
     pass.rows = s->prompt_positions + c->begin;
@@ -29,7 +38,7 @@ static rf_status make_run(rf_kv_session *s, const chunk *c, const int32_t *token
     pass.mask = c->rows > 1 ? RF_MASK_CAUSAL : RF_MASK_NONE;
     rf_text_rows rows = {.num_rows = pass.num_rows, .rows = pass.rows, .tokens = pass.tokens};
     *run = rf_text_make_run(s->stage, &pass, &rows);
-    return rf_text_upload(run, &pass, &rows, err);
+    return tokens ? rf_text_upload(run, &pass, &rows, err) : RF_OK;
 }
 
 /* Unturned keys of the layer, and unturned queries. */
@@ -39,7 +48,7 @@ static rf_status keep_unturned(rf_kv_session *s, const rf_text_run *run, int lay
     const rf_text_desc *d = &model->desc;
     rf_qkv_rope_args args = {.qkv = stage->b.wide,
                              .q_out = s->q_raw,
-                             .k = s->k_raw_plane,
+                             .k = rf_kv_unturned(s, layer),
                              .v = rf_text_values(stage, layer),
                              .dtype = model->dtype,
                              .batch = 1,
@@ -60,13 +69,12 @@ static rf_status keep_unturned(rf_kv_session *s, const rf_text_run *run, int lay
 }
 
 /* goes_on: later layers or the head want the rows. */
-static rf_status chunk_layer(rf_kv_session *s, int layer, const chunk *c, const int32_t *tokens, int32_t num,
-                             bool goes_on, rf_error *err) {
+static rf_status chunk_layer(rf_kv_session *s, int layer, const chunk *c, int32_t num, bool goes_on, rf_error *err) {
     rf_text_session *stage = s->stage;
     const rf_text_desc *d = &s->model->desc;
     const rf_text_layer *w = &s->model->layers[layer];
     rf_text_run run;
-    RF_TRY(make_run(s, c, tokens, &run, err));
+    RF_TRY(make_run(s, c, NULL, &run, err));
     if (layer == 0) {
         rf_embed_args embed = {.table = s->model->embedding,
                                .ids = rf_text_at(&run, run.at.tokens),
@@ -95,7 +103,9 @@ static rf_status chunk_layer(rf_kv_session *s, int layer, const chunk *c, const 
     }
     if (s->probe && !c->pseudo) RF_TRY(rf_kv_probe_rows(s, layer, c->begin, c->rows, run.shape.rows, err));
     s->row_layers += c->rows;
-    if (measures || ((s->needs & RF_KV_NEED_EXPECTED) && !c->pseudo)) {
+    if (s->ahead && measures) {
+        RF_TRY(rf_kv_measure_rows(s, layer, num, c->begin, c->rows, run.shape.rows, false, err));
+    } else if (measures || ((s->needs & RF_KV_NEED_EXPECTED) && !c->pseudo)) {
         RF_TRY(rf_kv_wait(s, err));
         double began = rf_kv_now_ms();
         if ((s->needs & RF_KV_NEED_EXPECTED) && !c->pseudo) RF_TRY(rf_kv_measure_queries(s, c->begin, c->rows, err));
@@ -114,12 +124,13 @@ static rf_status chunk_layer(rf_kv_session *s, int layer, const chunk *c, const 
 static rf_status copy_kept(rf_kv_session *s, int layer, int sequence, rf_error *err) {
     const rf_kv_sequence *q = &s->sequences[sequence];
     const rf_text_session *stage = s->stage;
-    int64_t stride = s->list_stride, heads = s->num_kv_heads;
-    int32_t *from = s->host_copy, *to = from + heads * stride, *turn = to + heads * stride,
-            *counts = turn + heads * stride;
+    int64_t stride = s->list_stride, heads = s->num_kv_heads, words = 3 * heads * stride + heads;
+    int32_t *from = s->host_copy + (s->ahead ? layer % 2 * words : 0), *to = from + heads * stride,
+            *turn = to + heads * stride, *counts = turn + heads * stride;
     bool delta = s->rule.position == RF_KV_POSITION_DELTA;
     int32_t most = rf_kv_book_most(q->book, layer);
-    RF_TRY(rf_kv_wait(s, err)); /* the lists of the layer before may be on their way */
+    /* The lists of the layer before may be on their way; those of the one before it are not, as this one's mark has passed. */
+    if (!s->ahead) RF_TRY(rf_kv_wait(s, err));
     for (int h = 0; h < s->num_kv_heads; h++) {
         const rf_kv_head *head = rf_kv_book_head(q->book, layer, h);
         memcpy(from + h * stride, head->position, (size_t)head->num * sizeof *from);
@@ -130,10 +141,10 @@ static rf_status copy_kept(rf_kv_session *s, int layer, int sequence, rf_error *
         counts[h] = head->num;
     }
     if (delta) q->shift[layer] = most - q->compressed;
+    if (s->ahead) RF_TRY(rf_stream_mark(s->stream, MARK_CHOSEN + layer % MARKS, err));
     if (most == 0) return RF_OK;
-    RF_TRY(rf_stream_upload(s->stream, s->copy_lists, s->host_copy,
-                            (size_t)(3 * heads * stride + heads) * sizeof(int32_t), err));
-    const char *k = rf_kv_in_cache_order(s) ? s->k_raw_plane : rf_text_keys(stage, layer);
+    RF_TRY(rf_stream_upload(s->stream, s->copy_lists, from, (size_t)words * sizeof(int32_t), err));
+    const char *k = rf_kv_in_cache_order(s) ? rf_kv_unturned(s, layer) : rf_text_keys(stage, layer);
     rf_kv_copy_args args = {.source = {.k = k,
                                        .v = rf_text_values(stage, layer),
                                        .row_stride = stage->kv_cols,
@@ -171,41 +182,105 @@ static rf_status choose(rf_kv_session *s, int layer, int sequence, const int32_t
     return RF_OK;
 }
 
+/* Behind the rows of a layer. */
+static rf_status queue_measures(rf_kv_session *s, int layer, int32_t num, rf_error *err) {
+    RF_TRY(rf_kv_measure_ahead(s, layer, num, &s->layer_stats[layer % 2], err));
+    s->stage->busy = true;
+    return rf_stream_mark(s->stream, MARK_MEASURED + layer % MARKS, err);
+}
+
+static rf_status choose_ahead(rf_kv_session *s, int layer, int sequence, int32_t num, rf_error *err) {
+    RF_TRY(rf_stream_wait_mark(s->stream, MARK_MEASURED + layer % MARKS, err));
+    double began = rf_kv_now_ms();
+    RF_TRY(rf_kv_book_prefill(s->sequences[sequence].book, layer, num, &s->layer_stats[layer % 2], err));
+    RF_TRY(copy_kept(s, layer, sequence, err));
+    if (!rf_kv_decides_late(s)) RF_TRY(rf_kv_upload_lists(s, sequence, layer, layer + 1, err));
+    s->info.score_ms += rf_kv_now_ms() - began;
+    return RF_OK;
+}
+
+/* How long the device had nothing to do before the choice of a layer came. */
+static rf_status add_idle(rf_kv_session *s, int layer, rf_error *err) {
+    int behind = layer + 1 < s->num_layers ? MARK_MEASURED + (layer + 1) % MARKS : MARK_LAST;
+    double ms;
+    RF_TRY(rf_stream_elapsed_ms(s->stream, behind, MARK_CHOSEN + layer % MARKS, &ms, err));
+    s->info.score_wait_ms += ms;
+    return RF_OK;
+}
+
+/* Measurements of layer l, behind its rows; the choice of the layer before. */
+static rf_status turn_over(rf_kv_session *s, int layer, int sequence, int32_t num, rf_error *err) {
+    RF_TRY(queue_measures(s, layer, num, err));
+    if (layer > 0) RF_TRY(choose_ahead(s, layer - 1, sequence, num, err));
+    /* Layer - 1 is measured: what was queued before is done. */
+    return layer > 2 ? add_idle(s, layer - 3, err) : RF_OK;
+}
+
+static rf_status finish_ahead(rf_kv_session *s, int sequence, int32_t num, rf_error *err) {
+    int last = s->num_layers - 1;
+    RF_TRY(rf_stream_mark(s->stream, MARK_LAST, err));
+    RF_TRY(choose_ahead(s, last, sequence, num, err));
+    if (rf_kv_decides_late(s)) RF_TRY(rf_kv_upload_lists(s, sequence, 0, s->num_layers, err));
+    RF_TRY(rf_kv_wait(s, err));
+    for (int l = last < 2 ? 0 : last - 2; l <= last; l++) RF_TRY(add_idle(s, l, err));
+    return RF_OK;
+}
+
+static int32_t num_pseudo(const rf_kv_session *s) {
+    return s->needs ? s->extra_rows : 0;
+}
+
+/* Lists of all chunks. */
+static rf_status upload_chunks(rf_kv_session *s, const int32_t *tokens, int32_t num, rf_error *err) {
+    int32_t size = s->options.prefill_chunk, *pseudo = s->host_copy;
+    rf_text_run run;
+    for (int32_t begin = 0; begin < num; begin += size) {
+        chunk c = {.begin = begin, .rows = num - begin < size ? num - begin : size};
+        RF_TRY(make_run(s, &c, tokens + begin, &run, err));
+    }
+    if (num_pseudo(s) == 0) return RF_OK;
+    /* Any content does: the last tokens again. */
+    for (int32_t i = 0; i < s->extra_rows; i++) {
+        int32_t from = num - s->extra_rows + i;
+        pseudo[i] = tokens[from < 0 ? 0 : from];
+    }
+    chunk c = {.begin = num, .rows = s->extra_rows, .pseudo = true};
+    return make_run(s, &c, pseudo, &run, err);
+}
+
 static rf_status run_layers(rf_kv_session *s, int sequence, const int32_t *tokens, int32_t num, bool want_head,
                             rf_error *err) {
     void *x = s->stage->b.x;
+    int32_t *control = s->stage->b.control;
     int32_t size = s->options.prefill_chunk;
     rf_status st = rf_kv_measure_begin(s, &s->sequences[sequence], err);
+    if (st == RF_OK) st = upload_chunks(s, tokens, num, err);
     for (int l = 0; st == RF_OK && l < s->num_layers; l++) {
         st = rf_kv_measure_layer_begin(s, err);
         bool last_layer = l + 1 == s->num_layers;
         for (int32_t begin = 0; st == RF_OK && begin < num; begin += size) {
             chunk c = {.begin = begin, .rows = num - begin < size ? num - begin : size};
             s->stage->b.x = chunk_x(s, &c);
-            st = chunk_layer(s, l, &c, tokens + begin, num, !last_layer || (want_head && begin + c.rows == num), err);
+            st = chunk_layer(s, l, &c, num, !last_layer || (want_head && begin + c.rows == num), err);
         }
-        if (st == RF_OK && s->extra_rows > 0 && s->needs) {
-            /* Any content does: the last tokens again. */
-            int32_t *pseudo = s->host_copy;
-            for (int32_t i = 0; l == 0 && i < s->extra_rows; i++) {
-                int32_t from = num - s->extra_rows + i;
-                pseudo[i] = tokens[from < 0 ? 0 : from];
-            }
+        if (st == RF_OK && num_pseudo(s) > 0) {
             chunk c = {.begin = num, .rows = s->extra_rows, .pseudo = true};
             s->stage->b.x = chunk_x(s, &c);
-            /* only the first layer reads tokens; later the lists are used otherwise */
-            st = chunk_layer(s, l, &c, l == 0 ? pseudo : tokens, num, !last_layer, err);
+            st = chunk_layer(s, l, &c, num, !last_layer, err);
         }
-        if (st == RF_OK) st = choose(s, l, sequence, tokens, num, err);
+        if (st == RF_OK) st = s->ahead ? turn_over(s, l, sequence, num, err) : choose(s, l, sequence, tokens, num, err);
     }
     s->stage->b.x = x;
+    s->stage->b.control = control;
     return st;
 }
 
 rf_status rf_kv_prefill(rf_kv_session *s, int sequence, const int32_t *tokens, int32_t num, bool want_head,
                         rf_error *err) {
     rf_phase phase = rf_stream_get_phase(s->stream);
+    double scored = s->info.score_ms;
     rf_stream_set_phase(s->stream, RF_PHASE_PLAN); /* chunks of any length */
+    s->ahead = s->overlaps && !s->probe;
     rf_status st = run_layers(s, sequence, tokens, num, want_head, err);
     if (st == RF_OK && want_head) {
         s->host_control[s->at.keys + (size_t)sequence] = num;
@@ -214,7 +289,14 @@ rf_status rf_kv_prefill(rf_kv_session *s, int sequence, const int32_t *tokens, i
         chunk last = {.begin = num - 1};
         if (st == RF_OK) st = rf_kv_queue_head(s, chunk_x(s, &last), sequence, 1, err);
     }
-    if (st == RF_OK) st = rf_kv_wait(s, err);
+    if (st == RF_OK && s->ahead) {
+        st = finish_ahead(s, sequence, num, err);
+    } else {
+        if (st == RF_OK) st = rf_kv_upload_lists(s, sequence, 0, s->num_layers, err);
+        if (st == RF_OK) st = rf_kv_wait(s, err);
+        s->info.score_wait_ms += s->info.score_ms - scored;
+    }
+    s->ahead = false;
     rf_stream_set_phase(s->stream, phase);
     return st;
 }

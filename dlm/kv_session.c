@@ -247,6 +247,8 @@ static rf_status take_buffers(rf_kv_session *s, rf_arena *arena, rf_error *err) 
     size_t extra = (size_t)s->extra_rows, ordered = reads_in_order(s), device = s->on_device;
     size_t slides = s->slides, sinks = slides * (size_t)s->rule.sinks;
     size_t raw = rf_kv_keeps_unturned(s), means = s->rule.action == RF_KV_COMPENSATE;
+    size_t planes = (size_t)s->stage->options.layer_planes;
+    size_t chunks = ((size_t)o->max_prompt + (size_t)o->prefill_chunk - 1) / (size_t)o->prefill_chunk + 1;
     size_t x_rows = (size_t)o->max_prompt + chunk + (extra ? extra + chunk : 0);
     size_t pool = batch * (size_t)s->pool_rows * dim;
     size_t in_order = (ordered * units + slides * (size_t)s->num_kv_heads) * stride * dim;
@@ -271,8 +273,9 @@ static rf_status take_buffers(rf_kv_session *s, rf_arena *arena, rf_error *err) 
         {&s->iota_rows, "rows in order", ordered * slots, sizeof(int32_t)},
         {&s->iota_slots, "slots in order", ordered * (size_t)s->num_kv_heads * stride, sizeof(int32_t)},
         {&s->control, "control block", s->at.words, sizeof(int32_t)},
+        {&s->prompt_control, "control blocks of a prompt", chunks * s->stage->control_words, sizeof(int32_t)},
         {&s->x_plane, "residual rows of a prompt", x_rows * hidden, residual},
-        {&s->k_raw_plane, "unturned keys", raw * (size_t)s->stage->cache_rows * kv_cols, elem},
+        {&s->k_raw_plane, "unturned keys", raw * planes * (size_t)s->stage->cache_rows * kv_cols, elem},
         {&s->q_raw, "unturned queries", raw * chunk * q_cols, elem},
         {&s->draft_q, "drafted queries", drafts(&s->rule) ? layers * (size_t)s->rule.drafts * q_cols : 0, elem},
         {&s->copy_lists, "lists of rows to copy",
@@ -311,12 +314,14 @@ static rf_status take_buffers(rf_kv_session *s, rf_arena *arena, rf_error *err) 
     return take_measures(s, arena, err);
 }
 
-/* The host's mirror of what is measured. */
+/* The host's mirrors of what is measured. */
 static void mirror_measures(rf_kv_session *s) {
     float *const *from = (float *const *)&s->measured;
-    float **to = (float **)&s->host_measured;
-    for (size_t i = 0; i < sizeof s->measured / sizeof *from; i++)
+    float **to = (float **)&s->host_measured, **odd = (float **)&s->host_odd;
+    for (size_t i = 0; i < sizeof s->measured / sizeof *from; i++) {
         to[i] = from[i] ? s->host_measure_block + (from[i] - s->measure_block) : NULL;
+        odd[i] = from[i] && s->overlaps ? to[i] + s->measure_floats : NULL;
+    }
 }
 
 static rf_status allocate_host(rf_kv_session *s, rf_error *err) {
@@ -328,17 +333,19 @@ static rf_status allocate_host(rf_kv_session *s, rf_error *err) {
     RF_TRY(rf_backend_alloc_pinned(b, (void **)&s->host_control, s->at.words * sizeof(int32_t), err));
     RF_TRY(rf_backend_alloc_pinned(b, (void **)&s->host_rows, slots * sizeof(int32_t), err));
     RF_TRY(rf_backend_alloc_pinned(b, (void **)&s->host_lens, units * sizeof(int32_t), err));
-    RF_TRY(rf_backend_alloc_pinned(b, (void **)&s->host_copy, lists * sizeof(int32_t), err));
+    size_t halves = s->overlaps ? 2 : 1;
+    RF_TRY(rf_backend_alloc_pinned(b, (void **)&s->host_copy, halves * lists * sizeof(int32_t), err));
     RF_TRY(rf_backend_alloc_pinned(b, (void **)&s->host_weights, queries * sizeof(float), err));
     RF_TRY(rf_backend_alloc_pinned(b, (void **)&s->host_stats, (size_t)s->batch * sizeof *s->host_stats, err));
     if (s->on_device) {
         RF_TRY(rf_backend_alloc_pinned(b, (void **)&s->host_state, 2 * units * sizeof(int32_t), err));
         RF_TRY(rf_backend_alloc_pinned(b, (void **)&s->host_scores, slots * sizeof(float), err));
     }
-    if (s->host)
+    if (s->host && !s->overlaps)
         s->host_measure_block = s->measure_block;
     else
-        RF_TRY(rf_backend_alloc_pinned(b, (void **)&s->host_measure_block, s->measure_floats * sizeof(float), err));
+        RF_TRY(rf_backend_alloc_pinned(b, (void **)&s->host_measure_block, halves * s->measure_floats * sizeof(float),
+                                       err));
     mirror_measures(s);
 
     unsigned needs = s->prefill_needs | s->step_needs;
@@ -408,7 +415,7 @@ static rf_status allocate(rf_kv_session *s, rf_error *err) {
     return rf_kv_wait(s, err);
 }
 
-static rf_status create(rf_kv_session *s, bool may_use_device, rf_error *err) {
+static rf_status create(rf_kv_session *s, bool may_use_device, bool may_overlap, rf_error *err) {
     const rf_text_desc *d = &s->model->desc;
     rf_kv_session_options *o = &s->options;
     s->rule = o->rule;
@@ -426,6 +433,7 @@ static rf_status create(rf_kv_session *s, bool may_use_device, rf_error *err) {
     s->on_device = may_use_device && maps_to_evict(&s->rule, &s->evict_mode);
     if (s->on_device) s->step_needs = 0;
     s->slides = s->on_device && s->rule.position == RF_KV_POSITION_CACHE;
+    s->overlaps = may_overlap && rf_kv_can_overlap(&s->rule);
     if (s->rule.score == RF_KV_SCORE_ATTENTION && s->rule.queries == RF_KV_QUERIES_PSEUDO)
         s->extra_rows = s->rule.pseudo;
     s->default_budget = o->budget;
@@ -467,7 +475,7 @@ static rf_status create(rf_kv_session *s, bool may_use_device, rf_error *err) {
         return rf_fail(err, RF_ERR_ARGUMENT, "%d drafted queries for prompts of %d tokens, expected fewer",
                        (int)s->rule.drafts, (int)o->max_prompt);
     so.max_head_rows = 1;
-    so.one_layer = true;
+    so.layer_planes = s->overlaps ? 2 : 1;
     so.residual_dtype = o->residual_dtype;
     so.use_graphs = o->use_graphs;
     so.tune_gemm = o->tune_gemm;
@@ -481,8 +489,9 @@ static rf_status create(rf_kv_session *s, bool may_use_device, rf_error *err) {
     return s->host ? RF_OK : rf_kv_plan_steps(s, err);
 }
 
-rf_status rf_kv_session_create_as(rf_kv_session **out, const rf_text_model *model, const rf_kv_session_options *options,
-                                  bool may_use_device, rf_error *err) {
+rf_status rf_kv_session_create_with(rf_kv_session **out, const rf_text_model *model,
+                                    const rf_kv_session_options *options, bool may_use_device, bool may_overlap,
+                                    rf_error *err) {
     rf_kv_session_options o = *options;
     *out = NULL;
     RF_TRY(check_options(model, &o, err));
@@ -493,13 +502,19 @@ rf_status rf_kv_session_create_as(rf_kv_session **out, const rf_text_model *mode
     s->ops = rf_ops_for(model->backend);
     s->options = o;
     s->last_sequence = -1;
-    rf_status st = create(s, may_use_device, err);
+    rf_status st = create(s, may_use_device, may_overlap, err);
     if (st != RF_OK) {
         rf_kv_session_destroy(s);
         return st;
     }
     *out = s;
     return RF_OK;
+}
+
+rf_status rf_kv_session_create_as(rf_kv_session **out, const rf_text_model *model, const rf_kv_session_options *options,
+                                  bool may_use_device, rf_error *err) {
+    bool device = rf_backend_get_kind(model->backend) != RF_BACKEND_CPU;
+    return rf_kv_session_create_with(out, model, options, may_use_device, device, err);
 }
 
 rf_status rf_kv_session_create(rf_kv_session **out, const rf_text_model *model, const rf_kv_session_options *options,
@@ -539,7 +554,7 @@ void rf_kv_session_destroy(rf_kv_session *s) {
     rf_backend_free_pinned(s->backend, s->host_scores);
     rf_backend_free_pinned(s->backend, s->host_stats);
     rf_backend_free_pinned(s->backend, s->host_logits);
-    if (!s->host) rf_backend_free_pinned(s->backend, s->host_measure_block);
+    if (s->host_measure_block != s->measure_block) rf_backend_free_pinned(s->backend, s->host_measure_block);
     rf_backend_free(s->backend, s->logits);
     rf_backend_free(s->backend, s->memory);
     rf_text_session_destroy(s->stage);
@@ -615,8 +630,9 @@ rf_status rf_kv_download_head(rf_kv_session *s, int first, int num, rf_error *er
 
 rf_status rf_kv_upload_lists(rf_kv_session *s, int sequence, int first, int end, rf_error *err) {
     const rf_kv_book *book = s->sequences[sequence].book;
+    int64_t heads = s->num_kv_heads;
     for (int l = first; l < end; l++) {
-        int64_t unit = rf_kv_unit_at(s, l, sequence), most = 0;
+        int64_t unit = rf_kv_unit_at(s, l, sequence);
         for (int h = 0; h < s->num_kv_heads; h++) {
             const rf_kv_head *head = rf_kv_book_head(book, l, h);
             if (head->num > s->stride)
@@ -624,19 +640,23 @@ rf_status rf_kv_upload_lists(rf_kv_session *s, int sequence, int first, int end,
                                h, head->num, (long long)s->stride);
             memcpy(s->host_rows + (unit + h) * s->stride, head->row, (size_t)head->num * sizeof(int32_t));
             s->host_lens[unit + h] = head->num;
-            if (head->num > most) most = head->num;
         }
-        /* One copy of all heads, where lists are nearly full. */
-        bool whole = !s->host && 2 * most > s->stride;
-        for (int h = 0; h < (whole ? 1 : s->num_kv_heads); h++) {
-            int64_t at = (unit + h) * s->stride, num = whole ? s->num_kv_heads * s->stride : s->host_lens[unit + h];
+        for (int h = 0; h < s->num_kv_heads; h++) {
+            int64_t at = (unit + h) * s->stride, num = s->host_lens[unit + h];
+            /* On a device a call costs more than the bytes between two lists do. */
+            if (!s->host) num = (heads - 1) * s->stride + s->host_lens[unit + heads - 1];
             RF_TRY(rf_stream_upload(s->stream, s->rows + at, s->host_rows + at, (size_t)num * sizeof(int32_t), err));
+            if (!s->host) break;
         }
-        RF_TRY(rf_stream_upload(s->stream, s->lens + unit, s->host_lens + unit,
-                                (size_t)s->num_kv_heads * sizeof(int32_t), err));
+        if (s->batch > 1)
+            RF_TRY(rf_stream_upload(s->stream, s->lens + unit, s->host_lens + unit, (size_t)heads * sizeof(int32_t),
+                                    err));
     }
     s->stage->busy = true;
-    return RF_OK;
+    if (s->batch > 1 || first == end) return RF_OK;
+    int64_t unit = rf_kv_unit_at(s, first, 0);
+    return rf_stream_upload(s->stream, s->lens + unit, s->host_lens + unit,
+                            (size_t)((end - first) * heads) * sizeof(int32_t), err);
 }
 
 static rf_status check_tokens(const rf_kv_session *s, const int32_t *tokens, int32_t num, rf_error *err) {
@@ -657,7 +677,6 @@ static bool is_end(const rf_text_desc *d, int32_t token) {
 static rf_status draft_tokens(rf_kv_session *s, int sequence, const int32_t *tokens, int32_t num, rf_error *err) {
     rf_kv_sequence *q = &s->sequences[sequence];
     rf_status st = rf_kv_prefill(s, sequence, tokens, num, true, err);
-    if (st == RF_OK) st = rf_kv_upload_lists(s, sequence, 0, s->num_layers, err);
     for (int32_t i = 0; st == RF_OK && i < s->rule.drafts && q->seen < s->model->rope_positions; i++) {
         st = rf_kv_download_head(s, sequence, 1, err);
         if (st == RF_OK) st = rf_kv_wait(s, err);
@@ -673,7 +692,7 @@ static rf_status draft_tokens(rf_kv_session *s, int sequence, const int32_t *tok
 
 static rf_status draft(rf_kv_session *s, int sequence, const int32_t *tokens, int32_t num, rf_error *err) {
     rf_kv_sequence *q = &s->sequences[sequence];
-    double began = rf_kv_now_ms(), scored = s->info.score_ms;
+    double began = rf_kv_now_ms(), scored = s->info.score_ms, waited = s->info.score_wait_ms;
     s->num_drafted = 0;
     if (q->draft_book == NULL || q->budget == 0 || num <= q->budget) return RF_OK;
     rf_kv_rule rule = s->rule;
@@ -694,7 +713,9 @@ static rf_status draft(rf_kv_session *s, int sequence, const int32_t *tokens, in
     s->step_needs = step_needs;
     q->seen = num;
     q->appended = q->made = 0;
-    s->info.score_ms = scored + rf_kv_now_ms() - began;
+    double took = rf_kv_now_ms() - began;
+    s->info.score_ms = scored + took;
+    s->info.score_wait_ms = waited + took;
     return st;
 }
 
@@ -725,7 +746,7 @@ rf_status rf_kv_session_prefill(rf_kv_session *s, int32_t sequence, const int32_
 
     rf_kv_sequence *q = &s->sequences[sequence];
     q->ready = false;
-    double began = rf_kv_now_ms(), scored = s->info.score_ms;
+    double began = rf_kv_now_ms(), waited = s->info.score_wait_ms;
     RF_TRY(rf_kv_wait(s, err));
     RF_TRY(rf_kv_book_reset(q->book, wanted, err));
     if (s->on_device && wanted != q->budget) drop_graphs(s); /* they know what is protected */
@@ -736,7 +757,6 @@ rf_status rf_kv_session_prefill(rf_kv_session *s, int32_t sequence, const int32_
     memset(q->shift, 0, (size_t)s->num_layers * sizeof *q->shift);
     RF_TRY(draft(s, sequence, tokens, compressed, err));
     RF_TRY(rf_kv_prefill(s, sequence, tokens, compressed, num == compressed, err));
-    RF_TRY(rf_kv_upload_lists(s, sequence, 0, s->num_layers, err));
     if (s->on_device) RF_TRY(rf_kv_start_device(s, sequence, err));
     if (s->slides) rf_kv_slide_start(s, sequence);
     q->ready = true;
@@ -745,7 +765,7 @@ rf_status rf_kv_session_prefill(rf_kv_session *s, int32_t sequence, const int32_
     RF_TRY(rf_kv_download_head(s, sequence, 1, err));
     RF_TRY(rf_kv_wait(s, err));
     s->info.budget = wanted;
-    s->info.prefill_ms += rf_kv_now_ms() - began - (s->info.score_ms - scored);
+    s->info.prefill_ms += rf_kv_now_ms() - began - (s->info.score_wait_ms - waited);
     s->last_sequence = sequence;
     s->has_result = true;
     return RF_OK;
@@ -836,7 +856,7 @@ rf_kv_session_info rf_kv_session_get_info(const rf_kv_session *s) {
 
 void rf_kv_session_reset_counts(rf_kv_session *s) {
     s->info.num_passes = 0;
-    s->info.prefill_ms = s->info.score_ms = s->info.step_score_ms = 0;
+    s->info.prefill_ms = s->info.score_ms = s->info.score_wait_ms = s->info.step_score_ms = 0;
     s->row_layers = s->key_layers = 0;
 }
 

@@ -69,9 +69,10 @@ typedef struct {
         full_slots;                /* now: slots of all layers, heads and sequences; and what a full cache would have */
     size_t kept_bytes, full_bytes; /* their keys and values, with scales, lists and statistics of the rule */
     size_t pool_bytes, staging_bytes, arena_bytes; /* taken; arena: of the device in all, the other two among it */
-    double prefill_ms, score_ms,
-        step_score_ms; /* wall: prefill without scoring; scoring and compaction behind it; while decoding,
-                                                      what the host waited for */
+    /* Wall. score_ms: what the host did to score and compact prompts, with the waits that this took; score_wait_ms: the part of it
+     * that the device stood still for (all of it, unless layers are chosen while later ones are computed); prefill_ms: prompts
+     * without that part, so that prefill_ms + score_wait_ms is what they took. While decoding: what the host waited for. */
+    double prefill_ms, score_ms, score_wait_ms, step_score_ms;
     int32_t budget;    /* of the last sequence */
     int graph_nodes;
 } rf_kv_session_info;

@@ -408,13 +408,11 @@ rf_status rf_kv_start_device(rf_kv_session *s, int sequence, rf_error *err) {
                 s->host_scores[unit * s->stride + i] = head->score ? scale * head->score[i] : 0.0f;
             }
             budgets[unit] = q->budget > 0 ? q->budget : INT32_MAX;
-            size_t num = (size_t)head->num;
-            RF_TRY(rf_stream_upload(s->stream, s->positions + unit * s->stride, s->host_rows + unit * s->stride,
-                                    num * sizeof(int32_t), err));
-            RF_TRY(rf_stream_upload(s->stream, s->scores + unit * s->stride, s->host_scores + unit * s->stride,
-                                    num * sizeof(float), err));
         }
-        int64_t unit = rf_kv_unit_at(s, l, sequence);
+        int64_t unit = rf_kv_unit_at(s, l, sequence), at = unit * s->stride;
+        size_t num = (size_t)((heads - 1) * s->stride + q->lens[l * heads + heads - 1]); /* one copy, gaps and all */
+        RF_TRY(rf_stream_upload(s->stream, s->positions + at, s->host_rows + at, num * sizeof(int32_t), err));
+        RF_TRY(rf_stream_upload(s->stream, s->scores + at, s->host_scores + at, num * sizeof(float), err));
         RF_TRY(rf_stream_upload(s->stream, s->budgets + unit, budgets + unit, (size_t)heads * sizeof(int32_t), err));
     }
     int32_t num_free = 0;

@@ -458,8 +458,9 @@ rf_status rf_text_queue_results(rf_text_session *s, const rf_text_pass *pass, rf
 
 rf_status rf_text_session_forward(rf_text_session *s, const rf_text_pass *pass, rf_error *err) {
     s->has_pass = false;
-    if (s->options.one_layer)
-        return rf_fail(err, RF_ERR_STATE, "a pass over all layers in a session that keeps one layer's keys and values");
+    if (s->options.layer_planes > 0)
+        return rf_fail(err, RF_ERR_STATE, "a pass over all layers in a session that keeps the keys and values of %d",
+                       s->options.layer_planes);
     RF_TRY(check_pass(s, pass, err));
     int32_t kept = pass->num_head_rows * s->options.batch / (pass->cfg != 0 ? 2 : 1);
     if (pass->keep_logits) RF_TRY(take_logits(s, rf_text_bucket_head(s, kept), err));

@@ -222,6 +222,7 @@ typedef struct {
     int32_t head_dim;
     const float *hidden; /* [num_keys][cols] last layer's hidden states (SkipKV) */
     int32_t hidden_cols;
+    int num_threads; /* that a book may use on a prompt's layer, 0 = 1: the same choice with any number */
 } rf_kv_stats;
 
 /* --- the book ------------------------------------------------------------------------------------------------------------ */

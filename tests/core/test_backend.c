@@ -80,6 +80,11 @@ START_TEST(marks_give_time) {
     ck_assert(ms >= 2 && ms < 10000);
     rf_assert_fails(rf_stream_mark(s, 16, &err), err, RF_ERR_ARGUMENT, "mark 16");
     rf_assert_fails(rf_stream_elapsed_ms(s, -1, 0, &ms, &err), err, RF_ERR_ARGUMENT, "mark -1");
+    uint64_t syncs = rf_backend_get_counts(b).num_syncs;
+    rf_assert_ok(rf_stream_wait_mark(s, 15, &err), err);
+    ck_assert_uint_eq(rf_backend_get_counts(b).num_syncs, syncs + 1);
+    rf_assert_fails(rf_stream_wait_mark(s, 3, &err), err, RF_ERR_STATE, "mark 3 was never set");
+    rf_assert_fails(rf_stream_wait_mark(s, 16, &err), err, RF_ERR_ARGUMENT, "mark 16");
 }
 END_TEST
 

@@ -527,6 +527,96 @@ START_TEST(a_batch_is_its_sequences) {
 }
 END_TEST
 
+/* --- the next layer meanwhile ------------------------------------------------------------------------------------------- */
+
+static const struct {
+    const char *model, *rule;
+    bool on_device, overlaps;
+} overlap_cases[] = {
+    {"text-llama", "none", false, true},
+    {"text-qwen3", "snapkv", false, true},
+    {"text-llama", "snapkv:window=8", false, true},
+    {"text-llama", "snapkv:window=8,position=delta", false, true},
+    {"text-llama", "pyramidkv:window=4", false, true},
+    {"text-llama", "adakv:window=8", false, true},
+    {"text-llama", "obcache:window=8", false, true},
+    {"text-llama", "cake:window=8", false, true},
+    {"text-llama", "knorm:alloc=flat-all", false, true},
+    {"text-llama", "h2o", false, true},
+    {"text-llama", "h2o", true, true},
+    {"text-llama", "a2sf", true, true},
+    {"text-llama", "tova", false, true},
+    {"text-llama", "observed", false, true},
+    {"text-llama", "streaming", false, true},
+    {"text-llama", "lacache:ladder_span=2", false, true},
+    {"text-llama", "treekv:window=8", false, true},
+    {"text-llama", "lazy:window=8,every=4", false, true},
+    {"text-llama", "knorm", false, true},
+    {"text-llama", "keydiff", false, true},
+    {"text-llama", "random", false, true},
+    {"text-llama", "caote:window=8", false, false},
+    {"text-llama", "expected:future=8", false, false},
+    {"text-llama", "criticalkv:window=8", false, false},
+    {"text-llama", "merge:window=8", false, false},
+    {"text-llama", "dapq:pseudo=8", false, false},
+    {"text-llama", "laq:drafts=3,window=4", false, false},
+};
+
+/* Prompts one after the other, tokens behind each: the choices and bits of one layer at a time. */
+START_TEST(layers_chosen_behind_the_next_are_the_same) {
+    enum { LEN = 75, NUM = 6, BUDGET = 24 };
+    fixture f = open_model(overlap_cases[_i].model);
+    rf_kv_rule rule = rule_of(&f, overlap_cases[_i].rule);
+    rf_kv_session_options o = options_of(&rule, BUDGET, 2, LEN, NUM);
+    rf_kv_session *s[2] = {NULL};
+    rf_kv_draw draw = {.keep_logits = true};
+    for (int i = 0; i < 2; i++) {
+        rf_assert_ok(rf_kv_session_create_with(&s[i], f.model, &o, overlap_cases[_i].on_device, i == 1, &f.err), f.err);
+        rf_assert_ok(rf_kv_session_set_draw(s[i], &draw, &f.err), f.err);
+        ck_assert_int_eq(s[i]->on_device, overlap_cases[_i].on_device);
+        ck_assert_int_eq(s[i]->overlaps, i == 1 && overlap_cases[_i].overlaps);
+    }
+    static float logits[2][VOCAB];
+    int32_t prompt[LEN], kept[2][LEN + NUM], num[2];
+    int wrong = 0, compared = 0;
+    for (int32_t round = 0; round < 3; round++) {
+        int32_t len = round == 0 ? LEN : round == 1 ? BUDGET - 3 : LEN - 17, sequence = round % 2;
+        draw_tokens(prompt, len, 60 + (uint32_t)round);
+        for (int i = 0; i < 2; i++)
+            rf_assert_ok(rf_kv_session_prefill(s[i], sequence, prompt, len, round == 2 ? len - 2 : 0, 0, 0.0, &f.err),
+                         f.err);
+        for (int32_t step = 0; step < 4; step++) {
+            int32_t tokens[2] = {-1, -1};
+            tokens[sequence] = 5 + step;
+            for (int i = 0; i < 2; i++)
+                rf_assert_ok(rf_kv_session_read_logits(s[i], sequence, logits[i], &f.err), f.err);
+            wrong += memcmp(logits[0], logits[1], sizeof logits[0]) != 0;
+            for (int l = 0; l < LAYERS; l++) {
+                for (int h = 0; h < KV_HEADS; h++) {
+                    for (int i = 0; i < 2; i++)
+                        rf_assert_ok(rf_kv_session_read_positions(s[i], sequence, l, h, kept[i], &num[i], &f.err),
+                                     f.err);
+                    compared += num[0];
+                    wrong += num[0] != num[1] || memcmp(kept[0], kept[1], (size_t)num[0] * sizeof kept[0][0]) != 0;
+                }
+            }
+            if (step == 3) break;
+            for (int i = 0; i < 2; i++) {
+                rf_assert_ok(rf_kv_session_step(s[i], tokens, &f.err), f.err);
+                rf_token_stats stats[2];
+                rf_assert_ok(rf_kv_session_read_stats(s[i], stats, &f.err), f.err);
+            }
+        }
+    }
+    ck_assert_int_eq(wrong, 0);
+    ck_assert_int_gt(compared, 3 * 4 * LAYERS * KV_HEADS * 8);
+    rf_kv_session_info info = rf_kv_session_get_info(s[1]);
+    ck_assert(info.score_wait_ms >= 0 && info.prefill_ms > 0);
+    for (int i = 0; i < 2; i++) rf_kv_session_destroy(s[i]);
+    close_model(&f);
+}
+END_TEST
+
 /* --- the rest ---------------------------------------------------------------------------------------------------------------- */
 
 /* Question-agnostic: what stays of the context does not depend on what follows, and the rest follows whole. */
@@ -715,6 +805,8 @@ int main(void) {
     tcase_add_loop_test(tc, what_stays_and_what_follows_are_those_of_the_rule, 0,
                         sizeof plain_cases / sizeof *plain_cases);
     tcase_add_loop_test(tc, a_batch_is_its_sequences, 0, sizeof batch_cases / sizeof *batch_cases);
+    tcase_add_loop_test(tc, layers_chosen_behind_the_next_are_the_same, 0,
+                        sizeof overlap_cases / sizeof *overlap_cases);
     tcase_add_test(tc, a_context_is_compressed_as_if_nothing_followed);
     tcase_add_loop_test(tc, memory_stays_over_a_long_generation, 0, 2);
     tcase_add_test(tc, a_sliding_frame_is_the_cache_turned_anew);
