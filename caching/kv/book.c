@@ -280,7 +280,7 @@ rf_status rf_kv_book_create(rf_kv_book **out, const rf_kv_rule *rule, const rf_k
 
 rf_status rf_kv_book_reset(rf_kv_book *book, int32_t budget, rf_error *err) {
     const rf_kv_rule *rule = &book->rule;
-    int64_t needed = rf_kv_pool_rows(rule, &book->shape, budget);
+    int64_t needed = budget == book->created ? book->num_rows : rf_kv_pool_rows(rule, &book->shape, budget);
     if (budget < 0 || needed > book->num_rows)
         return rf_fail(err, RF_ERR_ARGUMENT,
                        "kv book: made for a budget of %d (%lld rows), found %d (%lld; 0 is no limit)", book->created,
@@ -360,27 +360,31 @@ rf_status rf_kv_scratch(rf_kv_book *book, int64_t keys, rf_error *err) {
     return RF_OK;
 }
 
-static void move_slot(rf_kv_head *h, int32_t to, int32_t from) {
-    h->row[to] = h->row[from];
-    h->position[to] = h->position[from];
-    h->score[to] = h->score[from];
-    if (h->count != NULL) h->count[to] = h->count[from];
-    if (h->stamp != NULL) h->stamp[to] = h->stamp[from];
-    if (h->gap != NULL) h->gap[to] = h->gap[from];
+/* x[i] = x[keep[i]], keep ascending; NULL: nothing. */
+static void pick(void *x, const int32_t *keep, int32_t first, int32_t count) {
+    int32_t *words = x; /* int32 and float alike: moved, not looked at */
+    for (int32_t i = first; i < count && x != NULL; i++) memcpy(&words[i], &words[keep[i]], sizeof *words);
 }
 
 void rf_kv_cut(rf_kv_book *book, int layer, int head, const int32_t *keep, int32_t count) {
     rf_kv_head *h = rf_kv_head_of(book, layer, head);
-    int32_t next = 0;
+    int32_t first = 0, next;
     if (count == h->num) return;
-    for (int32_t i = 0; i < h->num; i++) {
+    while (first < count && keep[first] == first) first++;
+    next = first;
+    for (int32_t i = first; i < h->num; i++) {
         if (next < count && keep[next] == i) {
-            if (next != i) move_slot(h, next, i);
             next++;
         } else if (h->row[i] >= 0) {
             book->free_rows[book->num_free++] = h->row[i];
         }
     }
+    pick(h->row, keep, first, count);
+    pick(h->position, keep, first, count);
+    pick(h->score, keep, first, count);
+    pick(h->count, keep, first, count);
+    pick(h->stamp, keep, first, count);
+    pick(h->gap, keep, first, count);
     book->info.kept -= h->num - count;
     book->info.evictions += h->num - count;
     h->num = count;
@@ -518,6 +522,49 @@ static void plan_flat_heads(rf_kv_book *book, int layer, int32_t num_tokens, int
         book->head_budget[(int64_t)layer * heads + h] = min32(counts[h], open) + front + back;
 }
 
+static rf_status reserve_all(rf_kv_book *book, int64_t slots, rf_error *err) {
+    if (slots <= book->all_room) return RF_OK;
+    rf_free(book->all_scores);
+    rf_free(book->all_keep);
+    book->all_room = 0;
+    book->all_scores = rf_alloc((size_t)slots * sizeof *book->all_scores);
+    book->all_keep = rf_alloc((size_t)slots * sizeof *book->all_keep);
+    if (book->all_scores == NULL || book->all_keep == NULL)
+        return rf_fail(err, RF_ERR_MEMORY, "kv book: no memory for %lld scores", (long long)slots);
+    book->all_room = slots;
+    return RF_OK;
+}
+
+/* Layers skip..layer - 1 to new budgets, counts [layer - skip] without what is protected. Choices first, on many threads; then, in
+ * order, the rows. */
+static rf_status shrink_layers(rf_kv_book *book, int skip, int layer, const int32_t *counts, int32_t front,
+                               int32_t back, const rf_kv_stats *stats, rf_error *err) {
+    int heads = book->shape.num_kv_heads, first = skip * heads, num = layer * heads - first;
+    int64_t total = 0, most = 0;
+    for (int i = first; i < first + num; i++) {
+        total += book->heads[i].num;
+        if (book->heads[i].num > most) most = book->heads[i].num;
+    }
+    RF_TRY(reserve_all(book, 2 * most * num, err));
+    int threads = rf_kv_threads(stats, num, 8 * total);
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int i = 0; i < num; i++) {
+        const rf_kv_head *h = &book->heads[first + i];
+        int32_t budget = counts[i / heads] + front + back;
+        float *score = book->all_scores + 2 * most * i;
+        book->head_budget[first + i] = budget;
+        if (h->num <= budget) continue;
+        rf_kv_slot_scores(book, h, score, score + most);
+        rf_kv_choose(book->all_keep + most * i, score, h->num, budget, front, back);
+    }
+    for (int i = 0; i < num; i++) {
+        int32_t budget = book->head_budget[first + i];
+        if (book->heads[first + i].num > budget)
+            rf_kv_cut(book, (first + i) / heads, (first + i) % heads, book->all_keep + most * i, budget);
+    }
+    return RF_OK;
+}
+
 /* CAKE: budgets of all layers done with this one; the earlier ones shrink. */
 static rf_status plan_cake(rf_kv_book *book, int layer, int32_t num_tokens, const rf_kv_stats *stats, rf_error *err) {
     int32_t front, back, heads = book->shape.num_kv_heads, skip = book->rule.skip_layers, done = layer + 1 - skip;
@@ -528,19 +575,10 @@ static rf_status plan_cake(rf_kv_book *book, int layer, int32_t num_tokens, cons
     int32_t *counts = rf_alloc((size_t)done * sizeof *counts);
     if (counts == NULL) return rf_fail(err, RF_ERR_MEMORY, "kv book: no memory");
     rf_kv_cake(counts, book->preference + skip, done, total, num_tokens - front - back);
-    for (int l = skip; l <= layer; l++) {
-        for (int h = 0; h < heads; h++) {
-            rf_kv_head *head = rf_kv_head_of(book, l, h);
-            int32_t budget = counts[l - skip] + front + back;
-            book->head_budget[(int64_t)l * heads + h] = budget;
-            if (l == layer || head->num <= budget) continue;
-            rf_kv_slot_scores(book, head, book->work, book->work + num_tokens);
-            int32_t num = rf_kv_choose(book->ids, book->work, head->num, budget, front, back);
-            rf_kv_cut(book, l, h, book->ids, num);
-        }
-    }
+    rf_status status = shrink_layers(book, skip, layer, counts, front, back, stats, err);
+    for (int h = 0; h < heads; h++) book->head_budget[(int64_t)layer * heads + h] = counts[done - 1] + front + back;
     rf_free(counts);
-    return RF_OK;
+    return status;
 }
 
 rf_status rf_kv_cut_flat_all(rf_kv_book *book, int first, rf_error *err) {
@@ -553,16 +591,7 @@ rf_status rf_kv_cut_flat_all(rf_kv_book *book, int first, rf_error *err) {
     if (total <= want) return RF_OK;
     if (total > INT32_MAX)
         return rf_fail(err, RF_ERR_UNSUPPORTED, "kv book: %lld slots are too many for one choice", (long long)total);
-    if (total > book->all_room) {
-        rf_free(book->all_scores);
-        rf_free(book->all_keep);
-        book->all_room = 0;
-        book->all_scores = rf_alloc((size_t)total * sizeof *book->all_scores);
-        book->all_keep = rf_alloc((size_t)total * sizeof *book->all_keep);
-        if (book->all_scores == NULL || book->all_keep == NULL)
-            return rf_fail(err, RF_ERR_MEMORY, "kv book: no memory for %lld scores", (long long)total);
-        book->all_room = total;
-    }
+    RF_TRY(reserve_all(book, total, err));
     int32_t least = min32((int32_t)(budget * book->rule.floor), budget);
     float *score = book->all_scores;
     for (int i = first * heads; i < book->num_heads; i++) {
@@ -653,17 +682,20 @@ static rf_status cut_prompt(rf_kv_book *book, int layer, int32_t num_tokens, con
     }
     if (open && rule->alloc == RF_KV_ALLOC_FLAT_HEADS) plan_flat_heads(book, layer, num_tokens, book->keep);
     int32_t cursor = book->cursor[layer];
+    int threads = by_index ? 1 : rf_kv_threads(stats, heads, 8 * (int64_t)heads * num_tokens);
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int h = 0; h < (is_structured(rule) ? 0 : heads); h++) {
+        int32_t front, back, budget = min32(book->head_budget[(int64_t)layer * heads + h], num_tokens);
+        int64_t at = (int64_t)h * num_tokens;
+        rf_kv_protected(rule, min32(budget, book->budget), &front, &back);
+        if (by_index) back = budget - min32(front, budget);
+        rf_kv_choose(book->keep + at, book->scores + at, num_tokens, budget, front, back);
+    }
     for (int h = 0; h < heads; h++) {
-        int32_t front, back, *keep = book->keep + (int64_t)h * num_tokens;
-        int32_t budget = min32(book->head_budget[(int64_t)layer * heads + h], num_tokens), count;
+        int32_t *keep = book->keep + (int64_t)h * num_tokens;
+        int32_t count = min32(book->head_budget[(int64_t)layer * heads + h], num_tokens);
         book->cursor[layer] = cursor;
-        if (is_structured(rule)) {
-            count = structured_prompt(book, layer, h, num_tokens, &book->cursor[layer]);
-        } else {
-            rf_kv_protected(rule, min32(budget, book->budget), &front, &back);
-            if (by_index) back = budget - min32(front, budget);
-            count = rf_kv_choose(keep, book->scores + (int64_t)h * num_tokens, num_tokens, budget, front, back);
-        }
+        if (is_structured(rule)) count = structured_prompt(book, layer, h, num_tokens, &book->cursor[layer]);
         if (as_slots) {
             rf_kv_cut(book, layer, h, keep, count);
         } else {

@@ -54,7 +54,7 @@ struct rf_kv_book {
     float *scores, *values, *work;             /* [Hkv][n], [Hkv][n], [2 Hq n] */
     int32_t *keep, *count, *stamp, *gap, *ids; /* [Hkv][n] each; ids [n] */
     uint8_t *mark;                             /* [n] */
-    float *all_scores;                         /* flat-all */
+    float *all_scores;                         /* flat-all, CAKE */
     int32_t *all_keep;
     int64_t all_room;
     rf_kv_book_info info;

@@ -19,6 +19,8 @@ rf_kv_rule rf_kv_rule_plain(void);
  * LADDER, TREE) are the book's. scratch: f32 [2 * Hq * num_tokens]. */
 rf_status rf_kv_prefill_scores(const rf_kv_rule *rule, const rf_kv_shape *shape, int layer, int32_t num_tokens,
                                int32_t budget, const rf_kv_stats *stats, float *out, float *scratch, rf_error *err);
+/* Threads for a loop over `units` of so many numbers in all. */
+int rf_kv_threads(const rf_kv_stats *stats, int units, int64_t work);
 /* CAKE's preference of a layer: entropy^(1/tau1) * variance^(1/tau2). */
 double rf_kv_preference(const rf_kv_rule *rule, const rf_kv_shape *shape, int32_t num_tokens, const rf_kv_stats *stats);
 /* Probability of the newest query for each slot of key head h: by rule->group over the group, as a query of a prompt counts

@@ -10,6 +10,16 @@
 #include <string.h>
 
 #define MAX_HEAD_DIM 512 /* of value=caote */
+#define BLOCK        256
+#define SERIAL_WORK                                                                                                    \
+    (1 << 20) /* numbers, about a millisecond: waking others may cost more, where other programs want the cores too */
+#define MOST_THREADS 8
+
+int rf_kv_threads(const rf_kv_stats *stats, int units, int64_t work) {
+    if (stats == NULL || stats->num_threads < 2 || units < 2 || work < SERIAL_WORK) return 1;
+    int num = stats->num_threads < MOST_THREADS ? stats->num_threads : MOST_THREADS;
+    return num < units ? num : units;
+}
 
 static rf_status want(const void *array, const char *name, int layer, rf_error *err) {
     if (array != NULL) return RF_OK;
@@ -38,18 +48,21 @@ static void reduce_queries(const rf_kv_rule *rule, const rf_kv_stats *stats, int
         memcpy(out, stats->removal + at, (size_t)n * sizeof *out);
         return;
     }
-    for (int32_t j = 0; j < n; j++) {
-        switch (rule->reduce) {
-        case RF_KV_REDUCE_MAX: out[j] = stats->peak[at + j]; break;
-        case RF_KV_REDUCE_MEAN: out[j] = stats->s1[at + j] / (float)num; break;
-        case RF_KV_REDUCE_VISIBLE: out[j] = stats->s1[at + j] / (float)(n - j); break;
-        case RF_KV_REDUCE_MEANVAR: {
-            double s1 = (double)stats->s1[at + j], s2 = (double)stats->s2[at + j];
-            out[j] = (float)(s1 / num + rule->gamma * variance(s1, s2, num));
-            break;
-        }
-        default: out[j] = stats->s1[at + j]; break;
-        }
+    const float *s1 = rule->reduce == RF_KV_REDUCE_MAX ? stats->peak + at : stats->s1 + at;
+    switch (rule->reduce) {
+    case RF_KV_REDUCE_MEAN:
+        for (int32_t j = 0; j < n; j++) out[j] = s1[j] / (float)num;
+        break;
+    case RF_KV_REDUCE_VISIBLE:
+        for (int32_t j = 0; j < n; j++) out[j] = s1[j] / (float)(n - j);
+        break;
+    case RF_KV_REDUCE_MEANVAR: {
+        const float *s2 = stats->s2 + at;
+        for (int32_t j = 0; j < n; j++)
+            out[j] = (float)((double)s1[j] / num + rule->gamma * variance((double)s1[j], (double)s2[j], num));
+        break;
+    }
+    default: memcpy(out, s1, (size_t)n * sizeof *out); break;
     }
 }
 
@@ -77,8 +90,12 @@ static void caote(const rf_kv_rule *rule, const rf_kv_stats *stats, int kv_head,
     }
 }
 
-static float join(rf_kv_over over, float a, float b) {
-    return over == RF_KV_OVER_MAX ? (a > b ? a : b) : a + b;
+static void join(rf_kv_over over, float *restrict a, const float *restrict b, int32_t n) {
+    if (over == RF_KV_OVER_MAX) {
+        for (int32_t j = 0; j < n; j++) a[j] = a[j] > b[j] ? a[j] : b[j];
+    } else {
+        for (int32_t j = 0; j < n; j++) a[j] += b[j];
+    }
 }
 
 /* Of one key head: out [n], before protection; open: columns that are pooled; work [2 n]. */
@@ -98,9 +115,7 @@ static void attention_scores(const rf_kv_rule *rule, const rf_kv_shape *shape, c
             rf_kv_pool_scores(work + n, own, open, rule->pool, rule->pool_size);
             memcpy(own, work + n, (size_t)open * sizeof *own);
         }
-        for (int32_t j = 0; j < n && num > 0; j++)
-            out[j] = join(over_layer ? RF_KV_OVER_SUM : rule->group, out[j], own[j]);
-        num++;
+        if (num++ > 0) join(over_layer ? RF_KV_OVER_SUM : rule->group, out, own, n);
     }
     if (over_layer || rule->group == RF_KV_OVER_MEAN || rule->group == RF_KV_OVER_NONE) {
         for (int32_t j = 0; j < n; j++) out[j] /= (float)num;
@@ -181,15 +196,18 @@ rf_status rf_kv_prefill_scores(const rf_kv_rule *rule, const rf_kv_shape *shape,
 
     bool window = rule->queries == RF_KV_QUERIES_WINDOW || rule->queries == RF_KV_QUERIES_DRAFTED;
     int32_t open = rule->score == RF_KV_SCORE_ATTENTION && window && !rule->open_window ? n - back : n;
-    for (int h = 0; h < shape->num_kv_heads; h++) {
+    bool alike = rule->score == RF_KV_SCORE_ATTENTION && rule->heads != RF_KV_HEADS_NONE;
+    int64_t cost = stats != NULL && is_caote(rule->value) ? stats->head_dim
+                   : rule->score == RF_KV_SCORE_EXPECTED  ? 16
+                                                          : 1;
+    int threads = rf_kv_threads(stats, shape->num_kv_heads, cost * shape->num_q_heads * n);
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && !alike)
+    for (int h = 0; h < (alike ? 1 : shape->num_kv_heads); h++) {
         float *score = out + (int64_t)h * n;
         int64_t at = stats ? h * stats->stride : 0;
         switch (rule->score) {
         case RF_KV_SCORE_ATTENTION:
-            if (rule->heads != RF_KV_HEADS_NONE && h > 0)
-                memcpy(score, out, (size_t)n * sizeof *score);
-            else
-                attention_scores(rule, shape, stats, layer, h, n, open, score, scratch);
+            attention_scores(rule, shape, stats, layer, h, n, open, score, scratch + (int64_t)h * 2 * n);
             break;
         case RF_KV_SCORE_EXPECTED: expected_scores(rule, shape, stats, h, n, score); break;
         default:
@@ -201,13 +219,15 @@ rf_status rf_kv_prefill_scores(const rf_kv_rule *rule, const rf_kv_shape *shape,
             }
         }
     }
+    for (int h = 1; h < shape->num_kv_heads && alike; h++) memcpy(out + (int64_t)h * n, out, (size_t)n * sizeof *out);
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int h = 0; h < shape->num_kv_heads; h++) {
         float *score = out + (int64_t)h * n;
         if (rule->value == RF_KV_VALUE_NORM) {
             for (int32_t j = 0; j < n; j++) score[j] *= stats->value_norm[h * stats->stride + j];
         }
         if (rule->value == RF_KV_VALUE_WO)
-            weigh_by_out(shape, stats, h, n, front, back, budget > 0 ? budget : n, score, scratch);
+            weigh_by_out(shape, stats, h, n, front, back, budget > 0 ? budget : n, score, scratch + (int64_t)h * 2 * n);
         for (int32_t j = 0; j < front; j++) score[j] = INFINITY;
         for (int32_t j = n - back; j < n; j++) score[j] = INFINITY;
     }
@@ -220,9 +240,13 @@ double rf_kv_preference(const rf_kv_rule *rule, const rf_kv_shape *shape, int32_
     int32_t before = num_tokens - stats->num_queries;
     for (int q = 0; q < shape->num_q_heads; q++) {
         disorder += (double)stats->entropy[q];
-        for (int32_t j = 0; j < before; j++) {
-            int64_t at = q * stats->stride + j;
-            spread += variance((double)stats->s1[at], (double)stats->s2[at], stats->num_queries);
+        const float *s1 = stats->s1 + q * stats->stride, *s2 = stats->s2 + q * stats->stride;
+        for (int32_t begin = 0; begin < before; begin += BLOCK) {
+            double block[BLOCK];
+            int32_t num = before - begin < BLOCK ? before - begin : BLOCK;
+            for (int32_t j = 0; j < num; j++)
+                block[j] = variance((double)s1[begin + j], (double)s2[begin + j], stats->num_queries);
+            for (int32_t j = 0; j < num; j++) spread += block[j]; /* in this order */
         }
     }
     return pow(disorder > 0 ? disorder : 0, 1 / rule->tau1) * pow(spread, 1 / rule->tau2);

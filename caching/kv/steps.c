@@ -136,6 +136,10 @@ static void stored_scores(const rf_kv_book *book, const rf_kv_head *h, float *ou
     const rf_kv_rule *rule = &book->rule;
     bool mean =
         rule->score == RF_KV_SCORE_TREE || (book->track == RF_KV_TRACK_SUM && rule->reduce == RF_KV_REDUCE_VISIBLE);
+    if (rule->score == RF_KV_SCORE_ATTENTION && !mean) {
+        memcpy(out, h->score, (size_t)h->num * sizeof *out);
+        return;
+    }
     for (int32_t j = 0; j < h->num; j++) {
         double score = (double)h->score[j];
         if (rule->score == RF_KV_SCORE_GATE) score *= (double)(book->last_position + 2 - h->position[j]);

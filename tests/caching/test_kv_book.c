@@ -1315,6 +1315,51 @@ END_TEST
 
 /* ---- what goes wrong ---- */
 
+static const char *const threaded[] = {"snapkv", "adakv", "cake", "caote:window=8", "criticalkv", "h2o", "keydiff"};
+
+START_TEST(threads_do_not_change_a_choice) {
+    enum { PROMPT = 33000, Q = 32, K = 8, BUDGET = 9000 };
+    rf_error err = {0};
+    rf_kv_rule rule;
+    rf_assert_ok(rf_kv_rule_parse(&rule, threaded[_i], &err), err);
+    rf_kv_shape large = {.num_layers = 3, .num_q_heads = Q, .num_kv_heads = K, .head_dim = DIM, .max_prompt = PROMPT};
+    size_t q = (size_t)Q * PROMPT, k = (size_t)K * PROMPT;
+    float *block = malloc((q + k * DIM) * sizeof *block), entropy[Q];
+    ck_assert_ptr_nonnull(block);
+    for (size_t i = 0; i < q + k * DIM; i++) block[i] = (float)(mix(7, (uint32_t)i, 0, 0) % 4096) / 4096.0f;
+    for (int i = 0; i < Q; i++) entropy[i] = 3;
+    rf_kv_book *book[2];
+    for (int b = 0; b < 2; b++) {
+        rf_kv_stats s = {.num_keys = PROMPT,
+                         .stride = PROMPT,
+                         .num_queries = 32,
+                         .head_dim = DIM,
+                         .s1 = block,
+                         .s2 = block,
+                         .removal = block,
+                         .wo_norm = block,
+                         .key_cosine = block,
+                         .entropy = entropy,
+                         .v = block + q,
+                         .num_threads = b ? 3 : 0};
+        rf_assert_ok(rf_kv_book_create(&book[b], &rule, &large, BUDGET, 0, &err), err);
+        for (int l = 0; l < 3; l++) rf_assert_ok(rf_kv_book_prefill(book[b], l, PROMPT, &s, &err), err);
+    }
+    int wrong = 0, dropped = 0;
+    for (int i = 0; i < 3 * K; i++) {
+        const rf_kv_head *one = rf_kv_book_head(book[0], i / K, i % K), *many = rf_kv_book_head(book[1], i / K, i % K);
+        size_t bytes = (size_t)one->num * 4;
+        dropped += one->num < PROMPT;
+        wrong += one->num != many->num || memcmp(one->position, many->position, bytes) != 0 ||
+                 memcmp(one->row, many->row, bytes) != 0 || memcmp(one->score, many->score, bytes) != 0;
+    }
+    ck_assert_int_eq(wrong, 0);
+    ck_assert_int_eq(dropped, 3 * K);
+    for (int b = 0; b < 2; b++) rf_kv_book_destroy(book[b]);
+    free(block);
+}
+END_TEST
+
 START_TEST(calls_out_of_order_are_refused) {
     rf_kv_rule rule = rule_of(H2O);
     rf_error err = {0};
@@ -1423,6 +1468,7 @@ int main(void) {
     tcase_add_test(tc, crush_keeps_heavy_pages_and_representatives);
     tcase_add_loop_test(tc, dropped_tokens_join_kept_ones, 0, 3);
     tcase_add_test(tc, caote_weighs_sums_by_what_values_add);
+    tcase_add_loop_test(tc, threads_do_not_change_a_choice, 0, sizeof threaded / sizeof *threaded);
     tcase_add_test(tc, calls_out_of_order_are_refused);
     tcase_add_test(tc, a_budget_below_what_is_protected_is_met);
     tcase_add_test(tc, every_allocation_may_fail);

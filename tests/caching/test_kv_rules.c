@@ -1,5 +1,6 @@
 /* tests/caching/test_kv_rules.c - KV rules: names and options, the parts they share, and scores against sums in double. */
 #include <check.h>
+#include <float.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -231,6 +232,83 @@ START_TEST(top_takes_the_largest_and_the_lowest_of_equals) {
             if (i > 0) ck_assert_int_gt(keep[i], keep[i - 1]);
         }
     }
+}
+END_TEST
+
+/* Of few different sizes, and of every kind. */
+static float draw_any(void) {
+    static const float odd[] = {NAN, INFINITY, -INFINITY, 0.0f, -0.0f, 1e-40f, -1e-40f, FLT_MAX};
+    float u = draw();
+    if (u < 0.05f) return odd[(int)(u * 160) & 7];
+    return u < 0.5f ? ldexpf(floorf(draw() * 9) - 3, (int)(draw() * 20) - 30) : draw() * draw() - 0.1f;
+}
+
+START_TEST(pools_of_many_are_those_of_each) {
+    enum { MOST = 1100 };
+    static float in[MOST], out[MOST];
+    int wrong = 0;
+    for (int run = 0; run < 60; run++) {
+        int n = run < 20 ? 1 + run : 1 + (int)(draw() * (MOST - 1)), size = 1 + run % 9, half = size / 2;
+        for (int i = 0; i < n; i++) in[i] = run % 3 ? fabsf(draw_any()) : draw() * 8 - 4;
+        for (int average = 0; average < 2; average++) {
+            rf_kv_pool_scores(out, in, n, average ? RF_KV_POOL_AVG : RF_KV_POOL_MAX, size);
+            for (int j = 0; j < n; j++) {
+                double sum = 0;
+                float most = -INFINITY, want;
+                for (int i = j - half; i <= j + half; i++) {
+                    if (i < 0 || i >= n) continue;
+                    sum += (double)in[i];
+                    if (in[i] > most) most = in[i];
+                }
+                want = size == 1 ? in[j] : average ? (float)(sum / size) : most;
+                wrong += isnan(want) ? !isnan(out[j]) : memcmp(&want, &out[j], sizeof want) != 0;
+            }
+        }
+    }
+    ck_assert_int_eq(wrong, 0);
+}
+END_TEST
+
+/* Larger scores first, NaN last, then the lower index. */
+static const float *sorted_scores;
+static int by_score(const void *a, const void *b) {
+    int32_t i = *(const int32_t *)a, j = *(const int32_t *)b;
+    float x = sorted_scores[i], y = sorted_scores[j];
+    if (isnan(x) != isnan(y)) return isnan(x) ? 1 : -1;
+    if (x > y || x < y) return x > y ? -1 : 1;
+    return i < j ? -1 : 1;
+}
+
+START_TEST(the_best_of_many_are_those_of_a_sort) {
+    enum { MOST = 1500, HEADS = 3 };
+    static float score[HEADS * MOST];
+    static int32_t order[HEADS * MOST], keep[MOST];
+    static uint8_t best[HEADS * MOST];
+    int wrong = 0;
+    for (int run = 0; run < 60; run++) {
+        int n = 1 + (int)(draw() * (MOST - 1)), base = 1 + (int)(draw() * (float)(n - 1)), total = HEADS * n;
+        for (int i = 0; i < total; i++) score[i] = run % 4 == 0 ? floorf(draw() * 3) : draw_any();
+        sorted_scores = score;
+        for (int heads = 1; heads <= HEADS; heads += HEADS - 1) {
+            for (int i = 0; i < heads * n; i++) order[i] = i;
+            qsort(order, (size_t)(heads * n), sizeof *order, by_score);
+            memset(best, 0, sizeof best);
+            for (int i = 0; i < heads * base; i++) best[order[i]] = 1;
+            if (heads == 1) {
+                rf_kv_top(keep, score, n, base);
+                for (int i = 0; i < base; i++) wrong += !best[keep[i]] || (i > 0 && keep[i] <= keep[i - 1]);
+            } else {
+                int32_t counts[HEADS];
+                rf_kv_flat_heads(counts, score, heads, n, n, base, 0, false);
+                for (int h = 0; h < heads; h++) {
+                    int want = 0;
+                    for (int i = 0; i < n; i++) want += best[h * n + i];
+                    wrong += counts[h] != want;
+                }
+            }
+        }
+    }
+    ck_assert_int_eq(wrong, 0);
 }
 END_TEST
 
@@ -586,6 +664,8 @@ int main(void) {
     tcase_add_test(tc, parts_that_do_not_go_together_are_refused);
     tcase_add_test(tc, pools_deflate_edges_or_not);
     tcase_add_test(tc, top_takes_the_largest_and_the_lowest_of_equals);
+    tcase_add_test(tc, pools_of_many_are_those_of_each);
+    tcase_add_test(tc, the_best_of_many_are_those_of_a_sort);
     tcase_add_test(tc, pyramid_is_an_arithmetic_series);
     tcase_add_test(tc, flat_heads_follow_scores_above_a_floor);
     tcase_add_test(tc, cake_shares_what_there_is);
