@@ -486,6 +486,7 @@ static rf_status create(rf_kv_session *s, bool may_use_device, bool may_overlap,
     RF_TRY(allocate(s, err));
     if (s->rule.action == RF_KV_SELECT && s->rule.score != RF_KV_SCORE_NONE)
         RF_TRY(rf_kv_select_create(s, may_use_device, err));
+    for (int b = 0; b < s->batch && s->slides; b++) rf_kv_slide_start(s, b);
     return s->host ? RF_OK : rf_kv_plan_steps(s, err);
 }
 

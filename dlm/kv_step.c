@@ -379,7 +379,6 @@ rf_status rf_kv_plan_steps(rf_kv_session *s, rf_error *err) {
     rf_phase phase = rf_stream_get_phase(s->stream);
     rf_stream_set_phase(s->stream, RF_PHASE_PLAN);
     s->draw.keep_logits = false;
-    for (int b = 0; b < s->batch && s->slides; b++) rf_kv_slide_start(s, b);
     rf_status st = plan_step(s, s->batch, err);
     if (st == RF_OK && s->batch > 1) st = plan_step(s, 1, err);
     rf_stream_set_phase(s->stream, phase);

@@ -2,9 +2,8 @@
  * budget.
  *
  * A prompt of random ids is computed, measured and compressed; then single tokens follow. The prefill counts as the session times it,
- * scoring apart; the first one warms up where there is a device, unless it is a
- * long one. A step is timed by the clock over a group of steps of which the last
- * one's statistics are read, as bench_text.c times passes. */
+ * with what it waited for scoring; the first one warms up where there is a device, unless it is a long one. A step is timed by the
+ * clock over a group of steps of which the last one's statistics are read, as bench_text.c times passes. */
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
@@ -98,8 +97,12 @@ static rf_status open_session(kv_bench *k, rf_error *err) {
     return rf_kv_session_create(&k->session, b->text.model, &o, err);
 }
 
-/* Every sequence once; *prefill_ms and *score_ms are sums over them. */
-static rf_status prefill(kv_bench *k, double *prefill_ms, double *score_ms, rf_error *err) {
+typedef struct {
+    double all, score, wait; /* ms, as of a row */
+} prefill_time;
+
+/* Every sequence once; times are sums over them. */
+static rf_status prefill(kv_bench *k, prefill_time *time, rf_error *err) {
     int64_t vocab = k->b->text.model->desc.vocab;
     rf_kv_session_reset_counts(k->session);
     for (int s = 0; s < k->batch; s++) {
@@ -110,24 +113,30 @@ static rf_status prefill(kv_bench *k, double *prefill_ms, double *score_ms, rf_e
         if (cancel_requested()) return rf_fail(err, RF_ERR_CANCELLED, "interrupted in a prefill");
     }
     rf_kv_session_info info = rf_kv_session_get_info(k->session);
-    *prefill_ms = info.prefill_ms;
-    *score_ms = info.score_ms;
+    *time =
+        (prefill_time){.all = info.prefill_ms + info.score_wait_ms, .score = info.score_ms, .wait = info.score_wait_ms};
     return RF_OK;
 }
 
 static rf_status time_prefills(kv_bench *k, bench_row *row, rf_error *err) {
-    double prefills[MAX_PREFILLS], scores[MAX_PREFILLS];
+    prefill_time times[MAX_PREFILLS];
+    double of[3][MAX_PREFILLS], *out[3] = {&row->prefill_ms, &row->score_ms, &row->score_wait_ms};
     int num = k->b->args.num_runs < MAX_PREFILLS ? (int)k->b->args.num_runs : MAX_PREFILLS;
     bench_row sorted = {0};
     bool cuda = rf_backend_get_kind(k->b->backend) == RF_BACKEND_CUDA;
-    if (cuda) RF_TRY(prefill(k, &prefills[0], &scores[0], err));
-    bool is_long = cuda && prefills[0] > LONG_PREFILL;
+    if (cuda) RF_TRY(prefill(k, &times[0], err));
+    bool is_long = cuda && times[0].all > LONG_PREFILL;
     if (is_long) num = 1; /* that one */
-    for (int i = is_long ? 1 : 0; i < num; i++) RF_TRY(prefill(k, &prefills[i], &scores[i], err));
-    bench_row_set_times(&sorted, prefills, num);
-    row->prefill_ms = sorted.median_ms;
-    bench_row_set_times(&sorted, scores, num);
-    row->score_ms = sorted.median_ms;
+    for (int i = is_long ? 1 : 0; i < num; i++) RF_TRY(prefill(k, &times[i], err));
+    for (int i = 0; i < num; i++) {
+        of[0][i] = times[i].all;
+        of[1][i] = times[i].score;
+        of[2][i] = times[i].wait;
+    }
+    for (int i = 0; i < 3; i++) {
+        bench_row_set_times(&sorted, of[i], num);
+        *out[i] = sorted.median_ms;
+    }
     return RF_OK;
 }
 
@@ -236,7 +245,15 @@ rf_status bench_kv(bench *b, bench_row **rows, int *num_rows, rf_error *err) {
             st = bench_prompt(&k, err);
         }
     }
-    for (int i = 0; i < k.num_rows; i++) k.rows[i].what = k.rows[i].label;
+    for (int i = 0; i < k.num_rows; i++) {
+        bench_row *row = &k.rows[i];
+        row->what = row->label;
+        for (int j = 0; j < k.num_rows; j++) {
+            const bench_row *other = &k.rows[j];
+            if (strcmp(other->policy, "none") == 0 && other->kept == row->kept && other->batch == row->batch)
+                row->none_prefill_ms = other->prefill_ms;
+        }
+    }
     *num_rows = k.num_rows;
     if (st != RF_OK || k.num_rows > 0) return st;
     *err = k.skipped;

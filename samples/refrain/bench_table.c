@@ -89,26 +89,36 @@ static void print_text_md(const bench_row *rows, int num_rows) {
     }
 }
 
-/* Scoring as a share of the prefill. */
+/* The wait for scoring as a share of the rest of the prefill. */
 static double score_share(const bench_row *r) {
-    return r->prefill_ms > 0 ? r->score_ms / r->prefill_ms : 0;
+    double rest = r->prefill_ms - r->score_wait_ms;
+    return rest > 0 ? r->score_wait_ms / rest : 0;
+}
+
+/* How much longer the prefill is than that of no policy, as a share of it. */
+static double over_none(const bench_row *r) {
+    return r->none_prefill_ms > 0 ? r->prefill_ms / r->none_prefill_ms - 1 : 0;
 }
 
 static void print_kv_md(const bench_row *rows, int num_rows) {
     printf("| model | params | device | dtype | policy | budget | prompt | batch | step: median ms | mean ± sd | min | "
-           "scoring a step ms | prefill ms | scoring ms | of prefill %% | kept MB | full MB | session MB | graph nodes "
-           "|\n");
-    printf("|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|\n");
+           "scoring a step ms | prefill ms | over none %% | scoring ms | waited for ms | of prefill %% | kept MB | "
+           "full MB | "
+           "session MB | graph nodes |\n");
+    printf("|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|\n");
     for (int i = 0; i < num_rows; i++) {
         const bench_row *r = &rows[i];
-        char budget[24], nodes[24];
+        char budget[24], nodes[24], over[24] = "-";
         cell(budget, 0, r->budget);
         cell(nodes, 0, r->graph_nodes);
-        printf("| %s | %.1f M | %s | %s | %s | %s | %d | %d | %.3f | %.3f ± %.3f | %.3f | %.3f | %.1f | %.2f | %.2f | "
-               "%.1f | %.1f | %.1f | %s |\n",
+        if (r->none_prefill_ms > 0) snprintf(over, sizeof over, "%+.2f", 100 * over_none(r));
+        printf("| %s | %.1f M | %s | %s | %s | %s | %d | %d | %.3f | %.3f ± %.3f | %.3f | %.3f | %.1f | %s | %.2f | "
+               "%.2f | "
+               "%.2f | %.1f | %.1f | %.1f | %s |\n",
                r->model, (double)r->num_params / 1e6, r->device, r->dtype, r->policy, budget, r->kept, r->batch,
-               r->median_ms, r->mean_ms, r->sd_ms, r->min_ms, r->step_score_ms, r->prefill_ms, r->score_ms,
-               100 * score_share(r), r->kept_bytes / 1e6, r->full_bytes / 1e6, (double)r->arena_bytes / 1e6, nodes);
+               r->median_ms, r->mean_ms, r->sd_ms, r->min_ms, r->step_score_ms, r->prefill_ms, over, r->score_ms,
+               r->score_wait_ms, 100 * score_share(r), r->kept_bytes / 1e6, r->full_bytes / 1e6,
+               (double)r->arena_bytes / 1e6, nodes);
     }
 }
 
@@ -188,7 +198,8 @@ static void print_text_csv(const bench_row *rows, int num_rows) {
 
 static void print_kv_csv(const bench_row *rows, int num_rows) {
     printf("model,params,device,dtype,policy,budget,prompt,batch,runs,median_ms,mean_ms,sd_ms,min_ms,step_score_ms,"
-           "prefill_ms,score_ms,kept_bytes,full_bytes,evictions,session_bytes,graph_nodes\n");
+           "prefill_ms,none_prefill_ms,score_ms,score_wait_ms,kept_bytes,full_bytes,evictions,session_bytes,graph_nodes"
+           "\n");
     for (int i = 0; i < num_rows; i++) {
         const bench_row *r = &rows[i];
         print_csv_text(r->model);
@@ -196,9 +207,11 @@ static void print_kv_csv(const bench_row *rows, int num_rows) {
         print_csv_text(r->device);
         printf("%s,", r->dtype);
         print_csv_text(r->policy);
-        printf("%d,%d,%d,%d,%.6f,%.6f,%.6f,%.6f,%.6f,%.6f,%.6f,%.0f,%.0f,%.0f,%zu,%d\n", r->budget, r->kept, r->batch,
-               r->num_runs, r->median_ms, r->mean_ms, r->sd_ms, r->min_ms, r->step_score_ms, r->prefill_ms, r->score_ms,
-               r->kept_bytes, r->full_bytes, r->evictions, r->arena_bytes, r->graph_nodes);
+        printf("%d,%d,%d,%d,%.6f,%.6f,%.6f,%.6f,%.6f,%.6f,", r->budget, r->kept, r->batch, r->num_runs, r->median_ms,
+               r->mean_ms, r->sd_ms, r->min_ms, r->step_score_ms, r->prefill_ms);
+        print_csv_number(r->none_prefill_ms, 6);
+        printf("%.6f,%.6f,%.0f,%.0f,%.0f,%zu,%d\n", r->score_ms, r->score_wait_ms, r->kept_bytes, r->full_bytes,
+               r->evictions, r->arena_bytes, r->graph_nodes);
     }
 }
 
@@ -209,7 +222,9 @@ static void add_kv_json(cJSON *o, const bench_row *r) {
     cJSON_AddNumberToObject(o, "step_score_ms", r->step_score_ms);
     cJSON_AddNumberToObject(o, "prefill_ms", r->prefill_ms);
     cJSON_AddNumberToObject(o, "score_ms", r->score_ms);
+    cJSON_AddNumberToObject(o, "score_wait_ms", r->score_wait_ms);
     cJSON_AddNumberToObject(o, "score_share", score_share(r));
+    if (r->none_prefill_ms > 0) cJSON_AddNumberToObject(o, "over_none", over_none(r));
     cJSON_AddNumberToObject(o, "kept_bytes", r->kept_bytes);
     cJSON_AddNumberToObject(o, "full_bytes", r->full_bytes);
     cJSON_AddNumberToObject(o, "evictions", r->evictions);

@@ -35,9 +35,11 @@ typedef struct {
      * are all that the session took on the device, weights apart. */
     bool kv;
     char policy[BENCH_LABEL];
-    int budget;                  /* tokens a layer and key head; 0 = no limit */
-    double prefill_ms, score_ms; /* of the prompt: without scoring; scoring and moving what is kept; medians */
-    double step_score_ms;        /* of a step: what scoring while decoding made it wait */
+    int budget; /* tokens a layer and key head; 0 = no limit */
+    /* Of the prompt, medians: in all; scoring and moving what is kept, which may go on beside it; what it had to wait for that */
+    double prefill_ms, score_ms, score_wait_ms;
+    double none_prefill_ms; /* prefill_ms of policy none, the same prompt and batch; 0 = not measured */
+    double step_score_ms;   /* of a step: what scoring while decoding made it wait */
     double kept_bytes, full_bytes, evictions; /* behind the prompt, all sequences */
 } bench_row;
 

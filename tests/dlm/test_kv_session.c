@@ -548,6 +548,7 @@ static const struct {
     {"text-llama", "tova", false, true},
     {"text-llama", "observed", false, true},
     {"text-llama", "streaming", false, true},
+    {"text-llama", "streaming", true, true},
     {"text-llama", "lacache:ladder_span=2", false, true},
     {"text-llama", "treekv:window=8", false, true},
     {"text-llama", "lazy:window=8,every=4", false, true},
