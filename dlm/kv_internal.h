@@ -74,7 +74,7 @@ struct rf_kv_session {
     const rf_ops *ops;
     rf_backend *backend;
     rf_stream *stream;      /* the staging session's */
-    rf_text_session *stage; /* one sequence, one layer's planes */
+    rf_text_session *stage; /* one sequence, planes of one layer or, s->overlaps, of two */
     rf_kv_session_options options;
     rf_kv_rule rule;
     rf_kv_shape shape;

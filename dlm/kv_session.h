@@ -8,7 +8,8 @@
  *
  * Positions are the tokens' true ones, unless the rule says otherwise: CACHE keeps keys unturned and turns them while they are read, by
  * their place in the cache; DELTA turns kept keys once to their new places behind the prefill.
- * Device: lists and lengths are device memory, a decode pass is one CUDA graph; rules of RF_KV_EVICT_* kind run in it. Rules whose
+ * Device: lists and lengths are device memory, a decode pass is one CUDA graph; rules of RF_KV_EVICT_* kind run in it. Rules that drop
+ * by sums and norms have two staging planes in turn: the host chooses for a layer while the device computes the next one. Rules whose
  * decisions are made on the host wait for the device when they decide (RF_KV_AT_EVERY, RF_KV_AT_HIGH: rarely). */
 #ifndef RF_DLM_KV_SESSION_H
 #define RF_DLM_KV_SESSION_H
