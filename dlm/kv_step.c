@@ -402,10 +402,9 @@ rf_status rf_kv_start_device(rf_kv_session *s, int sequence, rf_error *err) {
             int64_t unit = rf_kv_unit_at(s, l, sequence) + h;
             q->lens[l * heads + h] = head->num;
             for (int32_t i = 0; i < head->num; i++) q->free_rows[head->row[i] - first_row] = 1;
-            for (int32_t i = 0; i < head->num; i++) {
-                s->host_rows[unit * s->stride + i] = head->position[i];
-                s->host_scores[unit * s->stride + i] = head->score ? scale * head->score[i] : 0.0f;
-            }
+            memcpy(s->host_rows + unit * s->stride, head->position, (size_t)head->num * sizeof(int32_t));
+            float *scores = s->host_scores + unit * s->stride;
+            for (int32_t i = 0; i < head->num; i++) scores[i] = scale * head->score[i];
             budgets[unit] = q->budget > 0 ? q->budget : INT32_MAX;
         }
         int64_t unit = rf_kv_unit_at(s, l, sequence), at = unit * s->stride;

@@ -131,7 +131,7 @@ void rf_kv_flat_heads(int32_t *out, const float *scores, int num_heads, int32_t 
     for (int h = 0; h < num_heads; h++) out[h] = 0;
     if (wanted <= 0) return;
     /* Ada-KV's weight of a head: the part of its scores that its best `base` have */
-    double weight[MOST_WEIGHTS];
+    double weight[MOST_WEIGHTS] = {0};
     int32_t ties;
     for (int h = 0; h < num_heads; h++) {
         weight[h & (MOST_WEIGHTS - 1)] = 1;
