@@ -32,6 +32,7 @@ typedef struct {
     int32_t budget;         /* 0 = no limit */
     int32_t *shift;         /* [L] DELTA: the next token's position less its true one */
     bool ready;
+    struct rf_kv_sentences *sentences; /* rules that penalise those said again, or NULL */
     /* lists that live on the device: what is known of them here */
     int32_t *lens;  /* [L * Hkv] slots now */
     bool has_spare; /* an evicted slot's row takes the next token */
@@ -282,6 +283,17 @@ void rf_kv_slide_start(rf_kv_session *s, int sequence);
 rf_status rf_kv_slide_place(rf_kv_session *s, int sequence, int32_t slots, int32_t *position, rf_error *err);
 /* Turns the sinks of all sequences as the control block says. */
 rf_status rf_kv_slide_sinks(rf_kv_session *s, rf_error *err);
+
+/* --- kv_sentences.c --- rules with a penalty of sentences; nothing for others */
+
+rf_status rf_kv_sentences_open(rf_kv_session *s, rf_error *err);
+/* Is the sequence cut into sentences? Then all rows of its prompt pass the last layer. */
+bool rf_kv_wants_sentences(const rf_kv_session *s, int sequence);
+/* Behind a prompt's last layer, and behind a step's. Wait. */
+rf_status rf_kv_sentences_prompt(rf_kv_session *s, int sequence, const int32_t *tokens, int32_t num, rf_error *err);
+rf_status rf_kv_sentences_step(rf_kv_session *s, int first, int num, rf_error *err);
+/* What is known by now. */
+void rf_kv_sentences_show(const rf_kv_session *s, int sequence, rf_kv_stats *stats);
 
 /* --- kv_step.c --- */
 

@@ -523,8 +523,8 @@ static rf_status fetch_slots(rf_kv_session *s, int layer, int sequence, int32_t 
 }
 
 rf_status rf_kv_measure_step(rf_kv_session *s, int layer, int sequence, rf_kv_stats *stats, rf_error *err) {
-    unsigned needs = s->step_needs;
     const rf_kv_sequence *q = &s->sequences[sequence];
+    unsigned needs = s->step_needs & rf_kv_book_step_needs(q->book, layer);
     int32_t most = rf_kv_book_most(q->book, layer);
     int64_t unit = rf_kv_unit_at(s, layer, sequence), first = (int64_t)sequence * s->num_kv_heads;
     bool ordered = rf_kv_in_cache_order(s);

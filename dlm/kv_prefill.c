@@ -253,6 +253,7 @@ static rf_status run_layers(rf_kv_session *s, int sequence, const int32_t *token
     void *x = s->stage->b.x;
     int32_t *control = s->stage->b.control;
     int32_t size = s->options.prefill_chunk;
+    bool whole = rf_kv_wants_sentences(s, sequence); /* all rows pass the last layer */
     rf_status st = rf_kv_measure_begin(s, &s->sequences[sequence], err);
     if (st == RF_OK) st = upload_chunks(s, tokens, num, err);
     for (int l = 0; st == RF_OK && l < s->num_layers; l++) {
@@ -261,7 +262,8 @@ static rf_status run_layers(rf_kv_session *s, int sequence, const int32_t *token
         for (int32_t begin = 0; st == RF_OK && begin < num; begin += size) {
             chunk c = {.begin = begin, .rows = num - begin < size ? num - begin : size};
             s->stage->b.x = chunk_x(s, &c);
-            st = chunk_layer(s, l, &c, num, !last_layer || (want_head && begin + c.rows == num), err);
+            bool goes_on = !last_layer || whole || (want_head && begin + c.rows == num);
+            st = chunk_layer(s, l, &c, num, goes_on, err);
         }
         if (st == RF_OK && num_pseudo(s) > 0) {
             chunk c = {.begin = num, .rows = s->extra_rows, .pseudo = true};
@@ -272,6 +274,7 @@ static rf_status run_layers(rf_kv_session *s, int sequence, const int32_t *token
     }
     s->stage->b.x = x;
     s->stage->b.control = control;
+    if (st == RF_OK) st = rf_kv_sentences_prompt(s, sequence, tokens, num, err);
     return st;
 }
 

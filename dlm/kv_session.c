@@ -5,6 +5,7 @@
 #include <string.h>
 #include <time.h>
 
+#include "caching/kv/sentences.h"
 #include "core/arena.h"
 #include "core/memory.h"
 #include "dlm/kv_internal.h"
@@ -37,10 +38,6 @@ static rf_status check_rule(const rf_kv_rule *r, rf_error *err) {
     if (actions[r->action] != NULL)
         return rf_fail(err, RF_ERR_UNSUPPORTED, "kv rule %s: action %s has no implementation in this executor yet",
                        r->method, actions[r->action]);
-    unsigned needs = rf_kv_needs_prefill(r) | rf_kv_needs_step(r);
-    if (needs & RF_KV_NEED_HIDDEN)
-        return rf_fail(err, RF_ERR_UNSUPPORTED, "kv rule %s: the last layer's hidden states are not given to rules yet",
-                       r->method);
     if (rf_kv_needs_step(r) & (RF_KV_NEED_EXPECTED | RF_KV_NEED_WO))
         return rf_fail(err, RF_ERR_UNSUPPORTED,
                        "kv rule %s: expected attention and output weights are measured behind a prompt only",
@@ -487,6 +484,7 @@ static rf_status create(rf_kv_session *s, bool may_use_device, bool may_overlap,
     if (s->rule.action == RF_KV_SELECT && s->rule.score != RF_KV_SCORE_NONE)
         RF_TRY(rf_kv_select_create(s, may_use_device, err));
     for (int b = 0; b < s->batch && s->slides; b++) rf_kv_slide_start(s, b);
+    RF_TRY(rf_kv_sentences_open(s, err));
     return s->host ? RF_OK : rf_kv_plan_steps(s, err);
 }
 
@@ -531,6 +529,7 @@ void rf_kv_session_destroy(rf_kv_session *s) {
     for (int b = 0; s->sequences && b < s->batch; b++) {
         rf_kv_book_destroy(s->sequences[b].book);
         rf_kv_book_destroy(s->sequences[b].draft_book);
+        rf_kv_sentences_destroy(s->sequences[b].sentences);
         rf_free(s->sequences[b].shift);
         rf_free(s->sequences[b].lens);
         rf_free(s->sequences[b].free_rows);
@@ -847,6 +846,9 @@ rf_kv_session_info rf_kv_session_get_info(const rf_kv_session *s) {
     if (s->rule.action == RF_KV_COMPENSATE)
         for (int b = 0; b < s->batch; b++)
             info.kept_bytes += s->sequences[b].ready ? (size_t)heads * (slot + sizeof(float)) : 0;
+    for (int b = 0; b < s->batch; b++)
+        if (s->sequences[b].ready && rf_kv_wants_sentences(s, b))
+            info.kept_bytes += rf_kv_sentences_bytes(s->sequences[b].sentences);
     info.full_bytes = (size_t)info.full_slots * slot;
     info.pool_bytes = s->pool_bytes;
     info.staging_bytes = s->stage->cache_bytes;

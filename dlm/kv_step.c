@@ -232,7 +232,9 @@ static rf_status decide(rf_kv_session *s, int layer, int first, int num, rf_erro
         if (s->sequences[b].budget == 0) continue;
         rf_kv_stats stats = {.stride = s->stats_stride, .head_dim = s->head_dim};
         bool changed = false;
-        if (s->step_needs) RF_TRY(rf_kv_measure_step(s, layer, b, &stats, err));
+        if (s->step_needs & rf_kv_book_step_needs(s->sequences[b].book, layer))
+            RF_TRY(rf_kv_measure_step(s, layer, b, &stats, err));
+        rf_kv_sentences_show(s, b, &stats);
         RF_TRY(rf_kv_book_step(s->sequences[b].book, layer, &stats, &changed, err));
         if (!changed) continue;
         if (s->rule.action != RF_KV_DROP) RF_TRY(rf_kv_join_pool(s, layer, b, err));
@@ -312,7 +314,8 @@ static rf_status queue_step(rf_kv_session *s, int first, int num, int64_t kv_len
     if (s->slides) RF_TRY(rf_kv_slide_sinks(s, err));
     if (is_direct(s)) RF_TRY(append_all(s, first, num, err));
     for (int l = 0; l < s->num_layers; l++) RF_TRY(queue_layer(s, l, first, num, kv_len, err));
-    return head ? rf_kv_queue_head(s, x, first, num, err) : RF_OK;
+    if (head) RF_TRY(rf_kv_queue_head(s, x, first, num, err));
+    return rf_kv_sentences_step(s, first, num, err);
 }
 
 /* --- launch ------------------------------------------------------------------------------------------------------------- */

@@ -151,18 +151,19 @@ typedef struct {
     double probe_recent, probe_random;
     double activation; /* LazyEviction: p that counts as an activation */
     int32_t ladder_span, ladder_overlap;
-    int32_t future;                               /* Expected Attention: positions ahead */
-    int32_t page;                                 /* KVCrush, IceCache */
-    double crush_share;                           /* KVCrush's part of the evictable budget; 0 = off */
-    double sentence_penalty;                      /* SkipKV; 0 = off */
-    double redundancy;                            /* SkipKV: weight 1 - sigma of redundancy; 0 = off */
+    int32_t future;            /* Expected Attention: positions ahead */
+    int32_t page;              /* KVCrush, IceCache */
+    double crush_share;        /* KVCrush's part of the evictable budget; 0 = off */
+    double sentence_penalty;   /* SkipKV: of tokens whose sentence is said again, x the cosine; 0 = off */
+    double sentence_threshold; /* SkipKV: the cosine from which on it is */
+    double redundancy;         /* SkipKV: sigma: sigma x attention - (1 - sigma) x redundancy of keys; 0 = off */
     int32_t bits, low_bits, group_size, residual; /* DEMOTE */
     double high_share;                            /* DEMOTE: part at `bits`, the rest at low_bits */
     rf_kv_selector selector;
     int32_t select, init,
         local;           /* SELECT: read so many, and always the first and last; under a budget: in proportion */
     int32_t select_dims; /* FASA */
-    int32_t delimiters[RF_KV_DELIMITERS]; /* SentenceKV: ids of tokens that end a sentence, -1 none */
+    int32_t delimiters[RF_KV_DELIMITERS]; /* SentenceKV, SkipKV: ids of tokens that end a sentence, -1 none */
     uint64_t seed;
 } rf_kv_rule;
 
@@ -200,7 +201,7 @@ enum {
     RF_KV_NEED_EXPECTED = 512,
     RF_KV_NEED_WO = 1024,
     RF_KV_NEED_GATE = 2048,
-    RF_KV_NEED_HIDDEN = 4096
+    RF_KV_NEED_HIDDEN = 4096 /* penalty: sentences by the last layer's hidden states (caching/kv/sentences.h) */
 };
 unsigned rf_kv_needs_prefill(const rf_kv_rule *rule);
 unsigned rf_kv_needs_step(const rf_kv_rule *rule); /* 0: nothing is measured while decoding */
@@ -220,8 +221,8 @@ typedef struct {
     const float *key_norm, *value_norm, *key_cosine, *gate;
     const float *k, *v; /* [Hkv][stride][D] */
     int32_t head_dim;
-    const float *hidden; /* [num_keys][cols] last layer's hidden states (SkipKV) */
-    int32_t hidden_cols;
+    const float *penalty; /* [num_positions] by true position, 0 behind it: sentences that are said again */
+    int32_t num_positions;
     int num_threads; /* that a book may use on a prompt's layer, 0 = 1: the same choice with any number */
 } rf_kv_stats;
 
@@ -271,6 +272,8 @@ rf_status rf_kv_book_reset(rf_kv_book *book, int32_t budget, rf_error *err);
 rf_status rf_kv_book_prefill(rf_kv_book *book, int layer, int32_t num_tokens, const rf_kv_stats *stats, rf_error *err);
 /* The next token's slot in every layer and head: appended at its end. RF_ERR_STATE: pool exhausted. */
 rf_status rf_kv_book_append(rf_kv_book *book, int32_t position, rf_error *err);
+/* Of rf_kv_needs_step, what this layer's next step reads: a rule that waits for its turn may want nothing yet. */
+unsigned rf_kv_book_step_needs(const rf_kv_book *book, int layer);
 /* After a layer's attention of a generated token: statistics follow, and what is over the budget goes if the schedule says now.
  * *changed: slots were dropped. */
 rf_status rf_kv_book_step(rf_kv_book *book, int layer, const rf_kv_stats *stats, bool *changed, rf_error *err);

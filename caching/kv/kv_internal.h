@@ -3,7 +3,8 @@
  *   methods.c   the table of named rules           rule.c     rules to text and back, checks, what a rule needs
  *   parts.c     pooling, top, budgets              scores.c   measurements to one score for each key head and key
  *   book.c      slots, prefill, schedule           steps.c    rules that work while decoding
- *   ladder.c, tree.c, crush.c ...                  rules that are more than a score */
+ *   ladder.c, tree.c, crush.c ...                  rules that are more than a score
+ *   likeness.c  redundancy of keys                 sentences.c sentences that are said again */
 #ifndef RF_CACHING_KV_INTERNAL_H
 #define RF_CACHING_KV_INTERNAL_H
 
@@ -28,6 +29,9 @@ double rf_kv_preference(const rf_kv_rule *rule, const rf_kv_shape *shape, int32_
  * a value term of RF_KV_VALUE_OBC_*, REMOVAL or CAOTE: that. */
 void rf_kv_step_probability(const rf_kv_rule *rule, const rf_kv_shape *shape, int head, int32_t n,
                             const rf_kv_stats *stats, float *out);
+/* likeness.c. out [n] sums to 1: softmax over keys of the mean over all keys i of cos(k_i, k_j), where that of i = j and that of i with
+ * its newest near duplicate (cosine above 0.5) count 0. k [n][dim]. */
+rf_status rf_kv_redundancy(float *out, const float *k, int32_t n, int32_t dim, rf_error *err);
 /* U(0,1), the same for the same (seed, layer, head, position) on every machine. */
 float rf_kv_uniform(uint64_t seed, int layer, int head, int32_t position);
 

@@ -70,8 +70,10 @@ static const row rows[] = {
     {{"elastic", "attention received over all heads; dropped tokens join their neighbours",
       "Elastic Cache, arXiv 2407.18121"},
      "score=attention,queries=all,reduce=sum,heads=mean,sinks=4,last=true,action=merge-near"},
+    /* 204, 19, 32 and 17: newline, '.', ';' and ',' of the shipped models' tokenizer */
     {{"skipkv", "attention less redundancy, sentence by sentence", "SkipKV, arXiv 2512.07993"},
-     WINDOW_OF(8) ",reduce=mean,group=max,redundancy=0.1,sentence_penalty=1,schedule=every,every=128"},
+     WINDOW_OF(8) ",reduce=mean,pool=max,pool_size=7,group=max,redundancy=0.1,sentence_penalty=1,schedule=every,"
+                  "every=128,delimiter1=204,delimiter2=19"},
     {{"compresskv", "snapkv on retrieval heads alone, calibrated", "CompressKV, arXiv 2508.02401"},
      WINDOW_OF(8) ",reduce=sum,pool=avg,pool_size=5,heads=list,alloc=table"},
     {{"razor", "retrieval heads keep all, the others ends and a mean", "RazorAttention, arXiv 2407.15891"},
@@ -101,7 +103,6 @@ static const row rows[] = {
     {{"fasa", "all stay; the best by a head's few most telling rotary pairs are read", "FASA"},
      "score=attention,queries=last,window=8,action=select,schedule=step,selector=pairs,init=0,local=1,select=256,"
      "select_dims=32"},
-    /* newline, ';', ',' and '.' of the shipped models' tokenizer */
     {{"sentencekv", "all stay; whole sentences are read", "SentenceKV, arXiv 2504.00970"},
      WINDOW_OF(32) ",reduce=sum,pool=max,pool_size=7,action=select,schedule=step,selector=sentences,init=32,local=32,"
                    "delimiter1=204,delimiter2=32,delimiter3=17,delimiter4=19"},
@@ -135,6 +136,7 @@ rf_kv_rule rf_kv_rule_plain(void) {
                         .buffer = 32,
                         .drafts = 8,
                         .pseudo = 32,
+                        .sentence_threshold = 0.95,
                         .probe_recent = 0.05,
                         .probe_random = 0.05,
                         .activation = 1e-4,

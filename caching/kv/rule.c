@@ -73,8 +73,9 @@ static const key keys[] = {
     INT("future", future, "512", 1, 1048576, "of score=expected: positions ahead"),
     INT("page", page, "16", 1, 4096, "of crush_share and of paged selection"),
     REAL("crush_share", crush_share, "0", 0, 0.99, "of the open budget, by signature (KVCrush)"),
-    REAL("sentence_penalty", sentence_penalty, "0", 0, 1e9, "of sentences said again"),
-    REAL("redundancy", redundancy, "0", 0, 1, "weight of attention against likeness of keys"),
+    REAL("sentence_penalty", sentence_penalty, "0", 0, 1e9, "of sentences said again, x the cosine"),
+    REAL("sentence_threshold", sentence_threshold, "0.95", -1, 1, "cosine from which on a sentence is said again"),
+    REAL("redundancy", redundancy, "0", 0, 1, "weight of attention against likeness of keys; 0: attention alone"),
     INT("bits", bits, "4", 1, 16, "of action=demote: the better part"),
     INT("low_bits", low_bits, "2", 1, 16, "the rest"),
     INT("group_size", group_size, "32", 1, 4096, "elements that share a scale"),
@@ -85,7 +86,7 @@ static const key keys[] = {
     INT("init", init, "4", 0, 1048576, "first ones always read"),
     INT("local", local, "32", 0, 1048576, "newest ones always read"),
     INT("select_dims", select_dims, "32", 2, 4096, "of selector=pairs: elements of a key that are looked at"),
-    INT("delimiter1", delimiters[0], "-1", -1, 2147483647, "of selector=sentences: a token that ends one; -1: none"),
+    INT("delimiter1", delimiters[0], "-1", -1, 2147483647, "of sentences: a token that ends one; -1: none"),
     INT("delimiter2", delimiters[1], "-1", -1, 2147483647, "another"),
     INT("delimiter3", delimiters[2], "-1", -1, 2147483647, "another"),
     INT("delimiter4", delimiters[3], "-1", -1, 2147483647, "another"),
@@ -328,6 +329,30 @@ static bool is_caote(rf_kv_value value) {
     return value == RF_KV_VALUE_CAOTE || value == RF_KV_VALUE_FASTCAOTE;
 }
 
+static bool has_delimiters(const rf_kv_rule *r) {
+    bool ends = false;
+    for (int i = 0; i < RF_KV_DELIMITERS; i++) ends |= r->delimiters[i] >= 0;
+    return ends;
+}
+
+static rf_status check_likeness(const rf_kv_rule *r, rf_error *err) {
+    if (r->score != RF_KV_SCORE_ATTENTION || r->queries != RF_KV_QUERIES_WINDOW)
+        return missing(r, "redundancy and sentence_penalty want the attention of a window", err);
+    if (r->alloc != RF_KV_ALLOC_UNIFORM || r->action != RF_KV_DROP || r->value != RF_KV_VALUE_NONE ||
+        r->heads != RF_KV_HEADS_NONE || r->crush_share > 0)
+        return missing(r,
+                       "redundancy and sentence_penalty go with alloc=uniform,action=drop,heads=none and without value "
+                       "terms and crushing",
+                       err);
+    if (r->sentence_penalty <= 0) return RF_OK;
+    if (r->schedule == RF_KV_AT_PREFILL)
+        return missing(r, "sentences are known behind the prompt's last layer: sentence_penalty wants schedule=every",
+                       err);
+    if (!has_delimiters(r))
+        return missing(r, "sentence_penalty wants token ids that end a sentence (delimiter1=ID)", err);
+    return RF_OK;
+}
+
 static rf_status check_select(const rf_kv_rule *r, rf_error *err) {
     if (r->position != RF_KV_POSITION_ORIGINAL)
         return missing(r, "action=select reads keys as they are turned: position=original", err);
@@ -335,9 +360,8 @@ static rf_status check_select(const rf_kv_rule *r, rf_error *err) {
         r->sentence_penalty > 0 || r->redundancy > 0)
         return missing(r, "action=select goes with alloc=uniform and without value terms, crushing and penalties", err);
     if (r->selector != RF_KV_BY_SENTENCES) return RF_OK;
-    bool ends = false;
-    for (int i = 0; i < RF_KV_DELIMITERS; i++) ends |= r->delimiters[i] >= 0;
-    if (!ends) return missing(r, "selector=sentences wants token ids that end a sentence (delimiter1=ID)", err);
+    if (!has_delimiters(r))
+        return missing(r, "selector=sentences wants token ids that end a sentence (delimiter1=ID)", err);
     if (r->score != RF_KV_SCORE_ATTENTION || r->queries != RF_KV_QUERIES_WINDOW || r->group == RF_KV_OVER_NONE ||
         r->reduce == RF_KV_REDUCE_DECAY)
         return missing(r, "selector=sentences wants the attention of a window (score=attention,queries=window)", err);
@@ -362,8 +386,7 @@ rf_status rf_kv_rule_check(const rf_kv_rule *r, rf_error *err) {
     if (r->action == RF_KV_DEMOTE) return missing(r, "demotion to fewer bits is not implemented yet", err);
     if (r->action == RF_KV_SELECT) return check_select(r, err);
     if (r->action == RF_KV_SHARE) return missing(r, "sharing between layers is not implemented yet", err);
-    if (r->sentence_penalty > 0 || r->redundancy > 0)
-        return missing(r, "redundancy of tokens and sentences is not implemented yet", err);
+    if (r->sentence_penalty > 0 || r->redundancy > 0) RF_TRY(check_likeness(r, err));
     if (r->position == RF_KV_POSITION_DELTA && r->schedule != RF_KV_AT_PREFILL)
         return missing(r, "position=delta goes with schedule=prefill (while decoding: position=cache)", err);
     if (r->pool != RF_KV_POOL_NONE && r->pool_size % 2 == 0)
@@ -456,5 +479,6 @@ unsigned rf_kv_needs_step(const rf_kv_rule *r) {
     }
     if (r->value == RF_KV_VALUE_NORM) needs |= RF_KV_NEED_VALUE_NORM;
     if (merges(r) || r->redundancy > 0) needs |= RF_KV_NEED_KV;
+    if (r->sentence_penalty > 0) needs |= RF_KV_NEED_HIDDEN;
     return needs;
 }

@@ -178,6 +178,7 @@ rf_status rf_kv_prefill_scores(const rf_kv_rule *rule, const rf_kv_shape *shape,
         if (rule->reduce == RF_KV_REDUCE_MEANVAR && !replaces(rule->value))
             RF_TRY(want(stats->s2, "sums of squares", layer, err));
         if (is_caote(rule->value)) RF_TRY(want(stats->v, "values", layer, err));
+        if (rule->redundancy > 0) RF_TRY(want(stats->k, "keys", layer, err));
         if (is_caote(rule->value) && stats->head_dim > MAX_HEAD_DIM)
             return rf_fail(err, RF_ERR_UNSUPPORTED,
                            "kv scores: layer %d: value=caote is for heads of at most %d columns, found %d", layer,
@@ -225,6 +226,11 @@ rf_status rf_kv_prefill_scores(const rf_kv_rule *rule, const rf_kv_shape *shape,
         float *score = out + (int64_t)h * n;
         if (rule->value == RF_KV_VALUE_NORM) {
             for (int32_t j = 0; j < n; j++) score[j] *= stats->value_norm[h * stats->stride + j];
+        }
+        if (rule->redundancy > 0) {
+            RF_TRY(rf_kv_redundancy(scratch, stats->k + h * stats->stride * stats->head_dim, n, stats->head_dim, err));
+            for (int32_t j = 0; j < n; j++)
+                score[j] = (float)(rule->redundancy * (double)score[j] - (1 - rule->redundancy) * (double)scratch[j]);
         }
         if (rule->value == RF_KV_VALUE_WO)
             weigh_by_out(shape, stats, h, n, front, back, budget > 0 ? budget : n, score, scratch + (int64_t)h * 2 * n);

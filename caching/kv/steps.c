@@ -7,7 +7,8 @@
  *                              values are measured; else the newest query's own errors are added up
  *   attention of the last one  p of the newest query (TOVA)
  *   attention of a window      every step: p of the newest query alone, pooled (CAKE). By a period: the sum of p over the last
- *                              `window` tokens before slots go (or the period, if shorter); variances do not follow
+ *                              `window` tokens before slots go (or the period, if shorter), their mean where redundancy or sentences
+ *                              are in the score; variances do not follow
  *   keys and values            measured anew when slots go (knorm, keydiff, expected)
  *   random, gate               fixed at insertion; the gate's score is (tokens + 1 - position) * log beta
  *   recurrence                 LazyEviction: stamp, the last position whose query gave p >= activation, and gap, the longest way
@@ -190,6 +191,12 @@ static rf_kv_stats of_head(const rf_kv_stats *s, const rf_kv_shape *shape, int h
     return out;
 }
 
+/* Tokens whose probabilities a window's sum is of. */
+static int32_t step_window(const rf_kv_book *book) {
+    int64_t period = rf_kv_growth(&book->rule, &book->shape), window = max32(book->rule.window, 1);
+    return (int32_t)(window < period ? window : period);
+}
+
 /* Scores of slots as if they were a prompt: what keys, values and sums say now. Protected ones are INFINITY. */
 static rf_status measured_scores(rf_kv_book *book, int layer, const rf_kv_stats *stats, float *out, int64_t stride,
                                  rf_error *err) {
@@ -197,6 +204,7 @@ static rf_status measured_scores(rf_kv_book *book, int layer, const rf_kv_stats 
     int heads = shape->num_kv_heads;
     RF_TRY(want(stats, "keys", layer, err));
     bool sums = book->track != RF_KV_TRACK_MEASURED;
+    int32_t num_queries = 1;
     if (!sums && book->rule.heads != RF_KV_HEADS_NONE) { /* heads are alike, and so are their slots */
         return rf_kv_prefill_scores(&book->rule, shape, layer, (int32_t)stride, book->budget, stats, out, book->work,
                                     err);
@@ -210,12 +218,22 @@ static rf_status measured_scores(rf_kv_book *book, int layer, const rf_kv_stats 
         rule.heads = RF_KV_HEADS_NONE;
         rule.reduce = RF_KV_REDUCE_SUM;
     }
+    if (book->track == RF_KV_TRACK_WINDOW && book->rule.reduce == RF_KV_REDUCE_MEAN) {
+        rule.reduce = RF_KV_REDUCE_MEAN;
+        num_queries = step_window(book);
+    }
     for (int h = 0; h < heads; h++) {
         const rf_kv_head *head = rf_kv_head_of(book, layer, h);
         rf_kv_stats view = of_head(stats, shape, h, head->num);
         if (sums) view.s1 = head->score;
+        if (sums) view.num_queries = num_queries;
         RF_TRY(rf_kv_prefill_scores(&rule, &one, layer, head->num, book->budget, &view, out + h * stride, book->work,
                                     err));
+        if (rule.sentence_penalty <= 0) continue;
+        RF_TRY(want(stats->penalty, "sentences", layer, err));
+        for (int32_t j = 0; j < head->num; j++)
+            if (head->position[j] < stats->num_positions)
+                out[h * stride + j] -= (float)(rule.sentence_penalty * (double)stats->penalty[head->position[j]]);
     }
     return RF_OK;
 }
@@ -279,6 +297,21 @@ static int64_t tokens_left(const rf_kv_book *book, int layer, const rf_kv_head *
     return budget + growth - h->num;
 }
 
+/* Is the newest query of use? Not in front of the window of a period. */
+static bool watches(const rf_kv_book *book, int layer) {
+    bool by_period = book->track == RF_KV_TRACK_WINDOW && book->rule.schedule == RF_KV_AT_EVERY;
+    return !by_period || max32(book->rule.every, 1) - book->since[layer] < step_window(book);
+}
+
+unsigned rf_kv_book_step_needs(const rf_kv_book *book, int layer) {
+    unsigned needs = book->keeps_all || book->budget == 0 ? 0 : rf_kv_needs_step(&book->rule);
+    bool likeness = book->rule.redundancy > 0 || book->rule.sentence_penalty > 0;
+    if (!watches(book, layer)) needs &= ~(unsigned)(RF_KV_NEED_SUM | RF_KV_NEED_REMOVAL);
+    if (likeness && book->rule.schedule == RF_KV_AT_EVERY && book->since[layer] < max32(book->rule.every, 1))
+        needs &= ~(unsigned)(RF_KV_NEED_KV | RF_KV_NEED_HIDDEN);
+    return needs;
+}
+
 static rf_status track(rf_kv_book *book, int layer, const rf_kv_stats *stats, rf_error *err) {
     const rf_kv_rule *rule = &book->rule;
     int heads = book->shape.num_kv_heads;
@@ -292,6 +325,7 @@ static rf_status track(rf_kv_book *book, int layer, const rf_kv_stats *stats, rf
     }
     if (book->track == RF_KV_TRACK_NOTHING || book->track == RF_KV_TRACK_MEASURED) return RF_OK;
     RF_TRY(want(stats, "the newest query", layer, err));
+    if (!watches(book, layer)) return RF_OK;
     rf_kv_rule of_step = *rule;
     if (is_caote(book) && book->track == RF_KV_TRACK_SUM && stats->v != NULL) of_step.value = RF_KV_VALUE_NONE;
     float decay = rule->reduce == RF_KV_REDUCE_DECAY ? (float)rule->alpha : 1;
@@ -301,9 +335,7 @@ static rf_status track(rf_kv_book *book, int layer, const rf_kv_stats *stats, rf
         rf_kv_step_probability(&of_step, &book->shape, h, head->num, stats, p);
         if (book->track == RF_KV_TRACK_WINDOW) {
             int64_t left = tokens_left(book, layer, head, book->head_budget[(int64_t)layer * heads + h]);
-            int64_t period = rf_kv_growth(rule, &book->shape), window = max32(rule->window, 1);
-            if (left == (window < period ? window : period) - 1)
-                memset(head->score, 0, (size_t)head->num * sizeof *head->score);
+            if (left == step_window(book) - 1) memset(head->score, 0, (size_t)head->num * sizeof *head->score);
         }
         for (int32_t j = 0; j < head->num; j++) {
             if (head->count != NULL) head->count[j]++;

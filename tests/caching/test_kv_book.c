@@ -47,7 +47,7 @@ typedef struct {
 static measured measured_make(int64_t stride) {
     measured m = {0};
     size_t q = (size_t)(QUERY_HEADS * stride), k = (size_t)(KEY_HEADS * stride);
-    m.block = calloc(6 * q + 4 * k + 2 * k * DIM + QUERY_HEADS + (size_t)stride * DIM, sizeof(float));
+    m.block = calloc(6 * q + 4 * k + 2 * k * DIM + QUERY_HEADS + (size_t)stride, sizeof(float));
     ck_assert_ptr_nonnull(m.block);
     float *at = m.block;
     m.stats.stride = stride;
@@ -65,8 +65,8 @@ static measured measured_make(int64_t stride) {
     m.stats.entropy = at += k * DIM;
     m.stats.expected = at += QUERY_HEADS;
     m.stats.wo_norm = at += q;
-    m.stats.hidden = at + q;
-    m.stats.hidden_cols = DIM;
+    m.stats.penalty = at + q; /* nothing is said again */
+    m.stats.num_positions = (int32_t)stride;
     return m;
 }
 
@@ -104,7 +104,6 @@ static void measure(measured *m, const rf_kv_rule *rule, int layer, int q, int64
     put(m->stats.peak, at, (float)peak);
     put(m->stats.expected, at, 4 * key_number(5, layer, q, key));
     put(m->stats.wo_norm, at, 2 + key_number(6, layer, q, key));
-    for (int d = 0; d < DIM && q == 0; d++) put(m->stats.hidden, slot * DIM + d, key_number(30 + d, 0, 0, key));
 }
 
 static bool of_window(const rf_kv_rule *rule) {

@@ -7,6 +7,7 @@
 #include <stdarg.h>
 
 #include "caching/kv/kv.h"
+#include "caching/kv/sentences.h"
 #include "core/json.h"
 #include "core/memory.h"
 #include "core/params.h"
@@ -80,6 +81,9 @@ typedef struct {
     float *q, *k, *v; /* [layers, prompt + num_new, heads, head_dim] */
     float shares[MAX_LAYERS];
     uint8_t classes[MAX_LAYERS * MAX_Q];
+    float *hidden, tokens[MAX_N]; /* [prompt + num_new, columns], ids */
+    int32_t columns;
+    rf_kv_sentences *sentences; /* of a rule that penalises those said again */
 } recording;
 
 /* Any tensor of the fixture as f32. *num_elems: its size. */
@@ -113,7 +117,10 @@ static recording recording_open(void) {
     r.v = read_tensor(&r, "v", &num[2]);
     ck_assert(num[0] == rows * r.q_heads && num[1] == rows * r.kv_heads && num[2] == num[1]);
     ck_assert_int_eq(numbers(member(r.root, "layer_shares"), r.shares, MAX_LAYERS), r.layers);
-    int32_t at = 0;
+    int32_t at = 0, num_tokens = r.prompt + r.num_new;
+    r.hidden = read_tensor(&r, "hidden", num);
+    r.columns = (int32_t)(num[0] / num_tokens);
+    ck_assert_int_eq(numbers(member(r.root, "tokens"), r.tokens, MAX_N), num_tokens);
     for (const rf_json_value *l = rf_json_first(member(r.root, "head_classes")); l != NULL; l = rf_json_next(l)) {
         float row[MAX_Q];
         ck_assert_int_eq(numbers(l, row, MAX_Q), r.q_heads);
@@ -124,6 +131,8 @@ static recording recording_open(void) {
 }
 
 static void recording_close(recording *r) {
+    rf_kv_sentences_destroy(r->sentences);
+    rf_free(r->hidden);
     rf_free(r->q);
     rf_free(r->k);
     rf_free(r->v);
@@ -204,7 +213,7 @@ static void prefill(const recording *r, const rf_json_value *c, const char *name
     const rf_json_value *of = member(c, "stats");
     const int32_t tokens = integer(c, "prompt");
     const unsigned needs = rf_kv_needs_prefill(rule);
-    unsigned known = RF_KV_NEED_KV;
+    unsigned known = RF_KV_NEED_KV | RF_KV_NEED_HIDDEN;
     for (int f = 0; f < NUM_FIELDS; f++) known |= FIELDS[f].need;
     ck_assert_msg((needs & ~known) == 0, "%s: needs %u, of which the fixture has %u alone", name, needs, known);
     for (int32_t l = 0; l < r->layers; l++) {
@@ -230,12 +239,21 @@ static void prefill(const recording *r, const rf_json_value *c, const char *name
     }
 }
 
+/* A token's hidden state comes behind its last layer. */
+static void add_hidden(const recording *r, int32_t position) {
+    rf_error err = {0};
+    if (r->sentences == NULL) return;
+    rf_assert_ok(rf_kv_sentences_add(r->sentences, (int32_t)r->tokens[position],
+                                     r->hidden + (int64_t)position * r->columns, &err),
+                 err);
+}
+
 /* --- one decoded token --- */
 
 typedef struct {
     float s1[MAX_Q][MAX_N], s2[MAX_Q][MAX_N], key_norm[MAX_KV][MAX_N], value_norm[MAX_KV][MAX_N],
         key_cosine[MAX_KV][MAX_N];
-    float k[MAX_KV][MAX_N][MAX_D], v[MAX_KV][MAX_N][MAX_D];
+    float k[MAX_KV * MAX_N * MAX_D], v[MAX_KV * MAX_N * MAX_D]; /* [kv_heads][MAX_N][head_dim] */
 } measured;
 
 /* Attention of the token at `position` over the slots of each head, and what the slots' keys and values are. */
@@ -268,8 +286,8 @@ static void measure(const recording *r, const rf_kv_book *book, int32_t layer, i
                 for (int32_t e = 0; e < d; e++) {
                     if (pass == 0) anchor[e] += (double)k[e] / norm;
                     along += (double)k[e] * anchor[e];
-                    m->k[g][i][e] = k[e];
-                    m->v[g][i][e] = v[e];
+                    m->k[((int64_t)g * MAX_N + i) * d + e] = k[e];
+                    m->v[((int64_t)g * MAX_N + i) * d + e] = v[e];
                 }
                 m->key_norm[g][i] = (float)norm;
                 m->value_norm[g][i] = (float)sqrt(dot(v, v, d));
@@ -281,15 +299,17 @@ static void measure(const recording *r, const rf_kv_book *book, int32_t layer, i
 }
 
 static void step(const recording *r, const char *name, const rf_kv_rule *rule, rf_kv_book *book, int32_t position) {
-    const unsigned needs = rf_kv_needs_step(rule);
+    const unsigned any = rf_kv_needs_step(rule);
     const unsigned known = RF_KV_NEED_SUM | RF_KV_NEED_SQUARES | RF_KV_NEED_PEAK | RF_KV_NEED_KEY_NORM |
-                           RF_KV_NEED_VALUE_NORM | RF_KV_NEED_KEY_COSINE;
-    ck_assert_msg((needs & ~known) == 0, "%s: a step needs %u, of which this test has %u alone", name, needs, known);
+                           RF_KV_NEED_VALUE_NORM | RF_KV_NEED_KEY_COSINE | RF_KV_NEED_KV | RF_KV_NEED_HIDDEN;
+    ck_assert_msg((any & ~known) == 0, "%s: a step needs %u, of which this test has %u alone", name, any, known);
     rf_error err = {0};
     rf_status st = rf_kv_book_append(book, position, &err);
     ck_assert_msg(st == RF_OK, "%s: append of %d: %s", name, position, err.message);
     static measured m; /* a test is a process */
     for (int32_t l = 0; l < r->layers; l++) {
+        const unsigned needs = rf_kv_book_step_needs(book, l);
+        ck_assert_msg((needs & ~any) == 0, "%s: layer %d needs %u, a step %u alone", name, l, needs, any);
         if (needs != 0) measure(r, book, l, position, &m);
         rf_kv_stats s = {
             .num_keys = rf_kv_book_most(book, l), .stride = MAX_N, .num_queries = 1, .head_dim = r->head_dim};
@@ -299,15 +319,19 @@ static void step(const recording *r, const char *name, const rf_kv_rule *rule, r
         if ((needs & RF_KV_NEED_KEY_NORM) != 0) s.key_norm = m.key_norm[0];
         if ((needs & RF_KV_NEED_VALUE_NORM) != 0) s.value_norm = m.value_norm[0];
         if ((needs & RF_KV_NEED_KEY_COSINE) != 0) s.key_cosine = m.key_cosine[0];
+        if ((needs & RF_KV_NEED_KV) != 0) s.k = m.k;
+        if ((needs & RF_KV_NEED_KV) != 0) s.v = m.v;
+        if ((needs & RF_KV_NEED_HIDDEN) != 0) s.penalty = rf_kv_sentences_penalty(r->sentences, &s.num_positions);
         bool changed = false;
         int32_t before = 0, after = 0;
         for (int32_t g = 0; g < r->kv_heads; g++) before += rf_kv_book_head(book, l, g)->num;
-        st = rf_kv_book_step(book, l, needs != 0 ? &s : NULL, &changed, &err);
+        st = rf_kv_book_step(book, l, any != 0 ? &s : NULL, &changed, &err);
         ck_assert_msg(st == RF_OK, "%s: step at %d, layer %d: %s", name, position, l, err.message);
         for (int32_t g = 0; g < r->kv_heads; g++) after += rf_kv_book_head(book, l, g)->num;
         if (!changed)
             ck_assert_msg(before == after, "%s: slots went at %d, layer %d, and it says not", name, position, l);
     }
+    add_hidden(r, position);
 }
 
 /* --- comparing --- */
@@ -464,6 +488,9 @@ START_TEST(a_rule_keeps_what_its_statement_keeps) {
     report differences = {0};
     const rf_json_value *want = rf_json_first(member(c, "kept")), *behind_prompt = want;
     prefill(&r, c, name, &rule, book);
+    if ((rf_kv_needs_step(&rule) & RF_KV_NEED_HIDDEN) != 0)
+        rf_assert_ok(rf_kv_sentences_create(&r.sentences, &rule, r.columns, &err), err);
+    for (int32_t t = 0; t < prompt; t++) add_hidden(&r, t);
     compare_record(&differences, &r, book, want, prompt - 1);
     compare_joins(&differences, &r, c, book);
     check_rows(&r, name, book, first_row, num_rows);

@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "caching/kv/kv_internal.h"
+#include "caching/kv/sentences.h"
 #include "tests/test_util.h"
 
 enum { L = 3, HQ = 4, HKV = 2, G = HQ / HKV, D = 8, T = 50, W = 8 };
@@ -70,12 +71,32 @@ static bool same_rule(const rf_kv_rule *a, const rf_kv_rule *b) {
                  a->schedule == b->schedule && a->position == b->position;
     bool kept = a->sinks == b->sinks && a->recents == b->recents && a->window == b->window &&
                 a->open_window == b->open_window && a->last == b->last && a->skip_layers == b->skip_layers;
-    double x[] = {a->alpha,        a->gamma,        a->tau1,       a->tau2,        a->floor,
-                  a->probe_recent, a->probe_random, a->activation, a->crush_share, a->sentence_penalty,
-                  a->redundancy,   a->high_share};
-    double y[] = {b->alpha,        b->gamma,        b->tau1,       b->tau2,        b->floor,
-                  b->probe_recent, b->probe_random, b->activation, b->crush_share, b->sentence_penalty,
-                  b->redundancy,   b->high_share};
+    double x[] = {a->alpha,
+                  a->gamma,
+                  a->tau1,
+                  a->tau2,
+                  a->floor,
+                  a->probe_recent,
+                  a->probe_random,
+                  a->activation,
+                  a->crush_share,
+                  a->sentence_penalty,
+                  a->redundancy,
+                  a->high_share,
+                  a->sentence_threshold};
+    double y[] = {b->alpha,
+                  b->gamma,
+                  b->tau1,
+                  b->tau2,
+                  b->floor,
+                  b->probe_recent,
+                  b->probe_random,
+                  b->activation,
+                  b->crush_share,
+                  b->sentence_penalty,
+                  b->redundancy,
+                  b->high_share,
+                  b->sentence_threshold};
     bool rest = a->beta == b->beta && a->every == b->every && a->buffer == b->buffer && a->drafts == b->drafts &&
                 a->pseudo == b->pseudo && a->with_window == b->with_window && a->ladder_span == b->ladder_span &&
                 a->ladder_overlap == b->ladder_overlap && a->future == b->future && a->page == b->page &&
@@ -109,7 +130,7 @@ START_TEST(what_a_user_undoes_stays_undone) {
 END_TEST
 
 START_TEST(needs_are_what_scores_read) {
-    enum { SUM = RF_KV_NEED_SUM, KV = RF_KV_NEED_KV, REMOVAL = RF_KV_NEED_REMOVAL };
+    enum { SUM = RF_KV_NEED_SUM, KV = RF_KV_NEED_KV, REMOVAL = RF_KV_NEED_REMOVAL, HIDDEN = RF_KV_NEED_HIDDEN };
     static const struct {
         const char *spec;
         unsigned prefill, step;
@@ -127,7 +148,10 @@ START_TEST(needs_are_what_scores_read) {
                  {"lazy", RF_KV_NEED_PEAK, SUM},
                  {"expected", RF_KV_NEED_EXPECTED | RF_KV_NEED_VALUE_NORM, 0},
                  {"criticalkv", SUM | RF_KV_NEED_WO, 0},
-                 {"merge", SUM | KV, 0}};
+                 {"merge", SUM | KV, 0},
+                 {"skipkv", SUM | KV | HIDDEN, SUM | KV | HIDDEN},
+                 {"skipkv:sentence_penalty=0", SUM | KV, SUM | KV},
+                 {"skipkv:redundancy=0", SUM | HIDDEN, SUM | HIDDEN}};
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         rf_kv_rule rule;
         ck_assert_int_eq(rf_kv_rule_parse(&rule, cases[i].spec, NULL), RF_OK);
@@ -180,6 +204,12 @@ START_TEST(parts_that_do_not_go_together_are_refused) {
                                         "h2o:heads=mean,value=caote",
                                         "score=knorm,heads=mean", /* asked for, and not done */
                                         "score=knorm,pool=avg5",
+                                        "h2o:redundancy=0.1", /* likeness goes with the attention of a window */
+                                        "cake:redundancy=0.1",
+                                        "skipkv:heads=mean",
+                                        "skipkv:action=merge",
+                                        "skipkv:schedule=prefill", /* no sentence is known then */
+                                        "skipkv:delimiter1=-1,delimiter2=-1",
                                         "snapkv:group=none"};
     for (size_t i = 0; i < sizeof specs / sizeof specs[0]; i++) {
         rf_kv_rule rule;
@@ -188,6 +218,47 @@ START_TEST(parts_that_do_not_go_together_are_refused) {
         ck_assert_msg(rf_kv_rule_check(&rule, &err) != RF_OK, "%s was taken", specs[i]);
         ck_assert(err.message[0] && !strchr(err.message, '\n'));
     }
+}
+END_TEST
+
+/* ---- sentences ---- */
+
+/* Four columns; '0' ends a sentence, other characters are words of their own direction, 'a' and 'b' nearly the same. */
+START_TEST(of_two_like_sentences_the_earlier_is_penalised) {
+    static const float words[4][4] = {{1, 0, 0, 0}, {1, 0.1f, 0, 0}, {0, 0, 1, 0}, {0, 0, 0, 1}};
+    static const char *const text = "aa0cc0a0b0dd0bbb0cc"; /* the last has not ended */
+    static const uint8_t again[] = {1, 1, 1, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0};
+    rf_kv_rule rule;
+    rf_error err = {0};
+    rf_kv_sentences *s = NULL;
+    rf_assert_ok(rf_kv_rule_parse(&rule, "skipkv:delimiter1=48,sentence_threshold=0.9", &err), err);
+    rf_assert_ok(rf_kv_sentences_create(&s, &rule, 4, &err), err);
+    for (int round = 0; round < 2; round++) { /* the second behind a reset */
+        int32_t num = -1;
+        for (const char *at = text; *at; at++) {
+            static const float zero[4] = {0};
+            rf_assert_ok(rf_kv_sentences_add(s, *at, *at == '0' ? zero : words[*at - 'a'], &err), err);
+        }
+        const float *penalty = rf_kv_sentences_penalty(s, &num);
+        ck_assert_int_eq(num, (int)strlen(text));
+        ck_assert_int_eq(rf_kv_sentences_num(s), 6);
+        for (int i = 0; i < num; i++)
+            ck_assert_msg((penalty[i] > 0.99f) == again[i] && penalty[i] <= 1.0001f, "round %d, token %d: %g", round, i,
+                          (double)penalty[i]);
+        for (int i = 0; i < 400; i++) /* one token each: none */
+            rf_assert_ok(rf_kv_sentences_add(s, '0', words[3], &err), err);
+        ck_assert_int_eq(rf_kv_sentences_num(s), 7); /* "cc0" */
+        for (int i = 0; i < 100; i++) {
+            rf_assert_ok(rf_kv_sentences_add(s, 'c', words[2], &err), err);
+            rf_assert_ok(rf_kv_sentences_add(s, '0', words[2], &err), err);
+        }
+        ck_assert_int_eq(rf_kv_sentences_num(s), 107);
+        penalty = rf_kv_sentences_penalty(s, &num);
+        ck_assert(penalty[3] > 0 && penalty[num - 3] > 0 && penalty[num - 1] == 0 && penalty[num - 2] == 0);
+        rf_kv_sentences_reset(s);
+        ck_assert_int_eq(rf_kv_sentences_num(s), 0);
+    }
+    rf_kv_sentences_destroy(s);
 }
 END_TEST
 
@@ -662,6 +733,7 @@ int main(void) {
     tcase_add_test(tc, needs_are_what_scores_read);
     tcase_add_test(tc, wrong_words_are_named);
     tcase_add_test(tc, parts_that_do_not_go_together_are_refused);
+    tcase_add_test(tc, of_two_like_sentences_the_earlier_is_penalised);
     tcase_add_test(tc, pools_deflate_edges_or_not);
     tcase_add_test(tc, top_takes_the_largest_and_the_lowest_of_equals);
     tcase_add_test(tc, pools_of_many_are_those_of_each);

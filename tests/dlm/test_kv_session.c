@@ -3,13 +3,14 @@
  * sequences, memory stays, and wrong calls are refused. */
 #include <math.h>
 
+#include "caching/kv/sentences.h"
 #include "core/memory.h"
 #include "core/rng.h"
 #include "dlm/decode.h"
 #include "dlm/kv_internal.h"
 #include "tests/test_util.h"
 
-enum { LAYERS = 3, HIDDEN = 64, VOCAB = 300, Q_HEADS = 4, KV_HEADS = 2, GROUP = 2, MOST = 160, MAX_DIM = 32 };
+enum { LAYERS = 3, HIDDEN = 64, VOCAB = 300, Q_HEADS = 4, KV_HEADS = 2, GROUP = 2, MOST = 160, MAX_DIM = 32, DOT = 7 };
 
 typedef struct {
     rf_backend *backend;
@@ -175,7 +176,7 @@ END_TEST
 
 /* --- the plain statement -------------------------------------------------------------------------------------------------- */
 
-typedef enum { SNAP, ALL_SUM, LAST, SINKS } plain_kind;
+typedef enum { SNAP, ALL_SUM, LAST, SINKS, SKIP } plain_kind;
 
 typedef struct {
     int num;
@@ -192,6 +193,10 @@ typedef struct {
     double k[LAYERS][KV_HEADS][MOST][MAX_DIM], v[LAYERS][KV_HEADS][MOST][MAX_DIM]; /* unturned, by true position */
     plain_slots slots[LAYERS][KV_HEADS];
     double x[MOST][HIDDEN], logits[VOCAB];
+    /* SKIP: tokens, their last hidden states, the window's probabilities by position, tokens since slots went */
+    int32_t token[MOST];
+    double hidden[MOST][HIDDEN], window[LAYERS][KV_HEADS][MOST];
+    int since;
 } plain;
 
 static void plain_norm(double *y, const double *x, const float *w, double eps) {
@@ -263,10 +268,54 @@ static void plain_rest(plain *p, int l, double *x, const double *attn) {
     for (int c = 0; c < HIDDEN; c++) x[c] += y[c];
 }
 
-static void plain_head(plain *p, const double *x) {
-    double h[HIDDEN];
+static void plain_head(plain *p, const double *x, int position) {
+    double *h = p->hidden[position];
     plain_norm(h, x, p->m->final_norm, p->m->desc.norm_eps);
     plain_linear(p->logits, h, p->m->head, VOCAB, HIDDEN);
+}
+
+/* SkipKV: sigma * attention - (1 - sigma) * redundancy over n turned keys. */
+static void plain_likeness(const plain *p, double *score, double keys[MOST][MAX_DIM], int n) {
+    double mean[MOST] = {0}, sum = 0;
+    for (int i = 0; i < n; i++) {
+        double cosine[MOST];
+        int near = i;
+        for (int j = 0; j < n; j++) {
+            cosine[j] = plain_dot(keys[i], keys[j], p->dim) /
+                        sqrt(plain_dot(keys[i], keys[i], p->dim) * plain_dot(keys[j], keys[j], p->dim));
+            if (j != i && cosine[j] > 0.5) near = j;
+        }
+        cosine[i] = cosine[near] = 0;
+        for (int j = 0; j < n; j++) mean[j] += cosine[j] / n;
+    }
+    for (int j = 0; j < n; j++) sum += exp(mean[j]);
+    for (int j = 0; j < n; j++)
+        score[j] = p->rule->redundancy * score[j] - (1 - p->rule->redundancy) * exp(mean[j]) / sum;
+}
+
+/* Sentences among the first `end` tokens: how much the tokens of each lose. Returns how many do. */
+static int plain_said_again(const plain *p, int end, double *penalty) {
+    int first[MOST], last[MOST], num = 0, hit = 0;
+    double mean[MOST][HIDDEN] = {{0}};
+    for (int t = 0, begun = 0; t < end; t++) {
+        penalty[t] = 0;
+        if (p->token[t] != p->rule->delimiters[0]) continue;
+        if (t > begun) {
+            for (int i = begun; i <= t; i++)
+                for (int c = 0; c < HIDDEN; c++) mean[num][c] += p->hidden[i][c] / (t + 1 - begun);
+            first[num] = begun;
+            last[num++] = t;
+        }
+        begun = t + 1;
+    }
+    for (int a = 0; a < num; a++)
+        for (int b = a + 1; b < num; b++) {
+            double cosine = plain_dot(mean[a], mean[b], HIDDEN) /
+                            sqrt(plain_dot(mean[a], mean[a], HIDDEN) * plain_dot(mean[b], mean[b], HIDDEN));
+            for (int t = first[a]; t <= last[a] && cosine >= p->rule->sentence_threshold; t++, hit++)
+                penalty[t] = fmax(penalty[t], cosine);
+        }
+    return hit;
 }
 
 static void drop_slot(plain_slots *s, int j) {
@@ -281,6 +330,7 @@ static void drop_slot(plain_slots *s, int j) {
 static void plain_protected(const plain *p, int *front, int *back) {
     *front = p->kind == SINKS ? p->rule->sinks : 0;
     *back = p->kind == SNAP      ? p->rule->window
+            : p->kind == SKIP    ? p->rule->window
             : p->kind == ALL_SUM ? p->budget / 2
             : p->kind == SINKS   ? p->budget - *front
                                  : 0;
@@ -298,6 +348,39 @@ static void plain_evict(plain *p, plain_slots *s, const double *score) {
         memmove(values + worst, values + worst + 1, (size_t)(s->num - worst - 1) * sizeof *values);
         drop_slot(s, worst);
     }
+}
+
+/* Window attention of the slots of a head to what decides, before sentences. */
+static void plain_skip(const plain *p, int l, int h, double *score) {
+    static double keys[MOST][MAX_DIM];
+    const plain_slots *s = &p->slots[l][h];
+    int open = s->num - p->rule->window;
+    double pooled[MOST];
+    for (int j = 0; j < open; j++) {
+        pooled[j] = 0;
+        for (int o = j - 3; o <= j + 3; o++)
+            if (o >= 0 && o < open) pooled[j] = fmax(pooled[j], score[o]);
+    }
+    memcpy(score, pooled, (size_t)open * sizeof *score);
+    for (int j = 0; j < s->num; j++) plain_turn(p, keys[j], p->k[l][h][s->id[j]], s->id[j]);
+    plain_likeness(p, score, keys, s->num);
+}
+
+static void plain_skip_step(plain *p, int l, int h, int position, double prob[Q_HEADS][MOST]) {
+    plain_slots *s = &p->slots[l][h];
+    double score[MOST], penalty[MOST];
+    int window = p->rule->window, left = p->rule->every - p->since;
+    for (int j = 0; j < s->num; j++) {
+        double most = 0, *sum = &p->window[l][h][s->id[j]];
+        for (int g = h * GROUP; g < (h + 1) * GROUP; g++) most = fmax(most, prob[g][j]);
+        *sum = (left == window - 1 || s->id[j] == position ? 0 : *sum) + most / window;
+        score[j] = *sum;
+    }
+    if (left > 0 || s->num <= p->budget) return;
+    plain_skip(p, l, h, score);
+    plain_said_again(p, position, penalty);
+    for (int j = 0; j < s->num && s->id[j] < position; j++) score[j] -= p->rule->sentence_penalty * penalty[s->id[j]];
+    plain_evict(p, s, score);
 }
 
 static void plain_prompt(plain *p, const int32_t *tokens) {
@@ -318,7 +401,9 @@ static void plain_prompt(plain *p, const int32_t *tokens) {
                 plain_turn(p, turned, q[i][h], i);
                 plain_attend(p, turned, keys, (const double(*)[MAX_DIM])p->v[l][h / GROUP], ids, i + 1, prob,
                              attn[i] + h * p->dim);
-                int first = p->kind == SNAP ? p->len - p->rule->window : p->kind == LAST ? p->len - 1 : 0;
+                int first = p->kind == SNAP || p->kind == SKIP ? p->len - p->rule->window
+                            : p->kind == LAST                  ? p->len - 1
+                                                               : 0;
                 for (int j = 0; i >= first && j <= i; j++) sums[h][j] += prob[j];
             }
         }
@@ -329,7 +414,7 @@ static void plain_prompt(plain *p, const int32_t *tokens) {
             plain_slots *s = &p->slots[l][h];
             double score[MOST] = {0};
             int from = p->kind == LAST ? 0 : h * GROUP, to = p->kind == LAST ? Q_HEADS : from + GROUP;
-            for (int j = 0; j < p->len; j++)
+            for (int j = 0; j < p->len && p->kind != SKIP; j++)
                 for (int g = from; g < to; g++) {
                     int pool = p->kind == SNAP ? 2 : 0, end = p->kind == SNAP ? p->len - p->rule->window : p->len;
                     for (int o = j - pool; o <= j + pool; o++)
@@ -338,17 +423,23 @@ static void plain_prompt(plain *p, const int32_t *tokens) {
             s->num = p->len;
             for (int j = 0; j < p->len; j++) s->id[j] = j;
             memcpy(s->score, score, sizeof score);
+            for (int j = 0; j < p->len && p->kind == SKIP; j++)
+                for (int g = from; g < to; g++) score[j] = fmax(score[j], sums[g][j] / p->rule->window);
+            if (p->kind == SKIP) plain_skip(p, l, h, score);
             plain_evict(p, s, score);
             for (int j = 0; j < s->num; j++) s->place[j] = most - s->num + j;
         }
     }
-    plain_head(p, p->x[p->len - 1]);
+    for (int i = 0; i < p->len; i++) p->token[i] = tokens[i];
+    for (int i = p->kind == SKIP ? 0 : p->len - 1; i < p->len; i++) plain_head(p, p->x[i], i);
 }
 
 static void plain_step(plain *p, int32_t token, int position) {
     static double keys[MOST][MAX_DIM], prob[Q_HEADS][MOST];
     double x[HIDDEN], q[Q_HEADS][MAX_DIM], attn[Q_HEADS * MAX_DIM];
     for (int c = 0; c < HIDDEN; c++) x[c] = (double)((const float *)p->m->embedding)[token * HIDDEN + c];
+    p->token[position] = token;
+    p->since++;
     for (int l = 0; l < LAYERS; l++) {
         plain_qkv(p, l, position, x, q);
         for (int h = 0; h < KV_HEADS; h++) {
@@ -372,7 +463,8 @@ static void plain_step(plain *p, int32_t token, int position) {
                              attn + head * p->dim);
             }
         }
-        for (int h = 0; h < KV_HEADS && p->kind != SNAP; h++) {
+        for (int h = 0; h < KV_HEADS && p->kind == SKIP; h++) plain_skip_step(p, l, h, position, prob);
+        for (int h = 0; h < KV_HEADS && p->kind != SNAP && p->kind != SKIP; h++) {
             plain_slots *s = &p->slots[l][h];
             double score[MOST] = {0};
             int from = p->kind == LAST ? 0 : h * GROUP, to = p->kind == LAST ? Q_HEADS : from + GROUP;
@@ -384,7 +476,8 @@ static void plain_step(plain *p, int32_t token, int position) {
         }
         plain_rest(p, l, x, attn);
     }
-    plain_head(p, x);
+    if (p->since >= p->rule->every) p->since = 0;
+    plain_head(p, x, position);
 }
 
 static const struct {
@@ -399,6 +492,7 @@ static const struct {
     {LAST, "tova", RF_KV_POSITION_ORIGINAL, true},        {SINKS, "streaming", RF_KV_POSITION_CACHE, false},
     {SINKS, "streaming", RF_KV_POSITION_ORIGINAL, false}, {SINKS, "streaming", RF_KV_POSITION_ORIGINAL, true},
     {SINKS, "streaming", RF_KV_POSITION_CACHE, true},
+    {SKIP, "skipkv", RF_KV_POSITION_ORIGINAL, false},     {SKIP, "skipkv:redundancy=0.9", RF_KV_POSITION_ORIGINAL, false},
 };
 
 static rf_kv_rule plain_rule(fixture *f, int i) {
@@ -420,6 +514,12 @@ static rf_kv_rule plain_rule(fixture *f, int i) {
     } else if (plain_cases[i].kind == LAST) {
         r.sinks = r.recents = 0;
         r.last = false;
+    } else if (plain_cases[i].kind == SKIP) {
+        r.window = 4;
+        r.every = 6;
+        r.sentence_threshold = 0.6;
+        r.delimiters[0] = DOT;
+        r.delimiters[1] = -1;
     } else {
         r.sinks = 4;
     }
@@ -432,6 +532,8 @@ START_TEST(what_stays_and_what_follows_are_those_of_the_rule) {
     rf_kv_rule rule = plain_rule(&f, _i);
     int32_t prompt[LEN], got[LEN + NUM], num;
     draw_tokens(prompt, LEN, 3);
+    for (int32_t i = 0; i < LEN && plain_cases[_i].kind == SKIP; i++)
+        if (i % 7 == 2 || i % 7 == 5) prompt[i] = DOT;
     plain *p = rf_alloc_zero(1, sizeof *p);
     ck_assert_ptr_nonnull(p);
     p->m = f.model;
@@ -460,8 +562,20 @@ START_TEST(what_stays_and_what_follows_are_those_of_the_rule) {
         rf_assert_ok(rf_kv_session_read_stats(s, &stats, &f.err), f.err);
         for (int v = 0; v < VOCAB; v++) want[v] = (float)p->logits[v];
         rf_assert_close(logits, want, VOCAB, 1e-3, 1e-5);
+        if (plain_cases[_i].kind == SKIP && i % 4 == 1) stats.id = DOT;
         rf_assert_ok(rf_kv_session_step(s, &stats.id, &f.err), f.err);
         plain_step(p, stats.id, LEN + i);
+    }
+    if (plain_cases[_i].kind == SKIP) { /* some sentences, and not all */
+        double penalty[MOST];
+        int hit = plain_said_again(p, LEN + NUM, penalty), none = 0;
+        for (int t = 0; t < LEN + NUM; t++) none += penalty[t] == 0;
+        ck_assert_msg(hit > 0 && none > 8, "%d tokens are said again, %d are not", hit, none);
+        const float *got_penalty = rf_kv_sentences_penalty(s->sequences[0].sentences, &num);
+        ck_assert_int_eq(num, LEN + NUM);
+        for (int t = 0; t < num; t++)
+            ck_assert_msg(fabs((double)got_penalty[t] - penalty[t]) <= 1e-4, "token %d: %g, expected %g", t,
+                          (double)got_penalty[t], penalty[t]);
     }
     rf_kv_session_destroy(s);
     rf_free(p);
@@ -475,7 +589,8 @@ static const struct {
     const char *name;
     bool on_device;
 } batch_cases[] = {{"snapkv", false},    {"h2o", false},      {"h2o", true},  {"adakv", false},
-                   {"streaming", false}, {"streaming", true}, {"cake", false}};
+                   {"streaming", false}, {"streaming", true}, {"cake", false},
+                   {"skipkv:window=4,every=5,delimiter1=7,sentence_threshold=0.3", false}};
 
 /* Prompts of three lengths, each with its own budget; the second rests now and then. */
 START_TEST(a_batch_is_its_sequences) {
@@ -492,6 +607,7 @@ START_TEST(a_batch_is_its_sequences) {
     rf_token_stats stats[BATCH], one;
     for (int b = 0; b < BATCH; b++) {
         draw_tokens(prompts[b], lens[b], (uint32_t)(10 + b));
+        for (int i = 4; i < lens[b]; i += 4) prompts[b][i] = DOT;
         single[b] = open_session(&f, &o, batch_cases[_i].on_device);
         rf_assert_ok(rf_kv_session_prefill(single[b], 0, prompts[b], lens[b], 0, budgets[b], 0.0, &f.err), f.err);
         rf_assert_ok(rf_kv_session_prefill(all, b, prompts[b], lens[b], 0, budgets[b], 0.0, &f.err), f.err);
@@ -776,7 +892,7 @@ END_TEST
 
 START_TEST(sessions_survive_a_lack_of_memory) {
     fixture f = open_model("text-llama");
-    rf_kv_rule rule = rule_of(&f, "snapkv");
+    rf_kv_rule rule = rule_of(&f, _i ? "skipkv" : "snapkv");
     rf_kv_session_options o = options_of(&rule, 16, 2, 32, 8);
     rf_kv_session *s = NULL;
     int failures = 0;
@@ -812,7 +928,7 @@ int main(void) {
     tcase_add_loop_test(tc, memory_stays_over_a_long_generation, 0, 2);
     tcase_add_test(tc, a_sliding_frame_is_the_cache_turned_anew);
     tcase_add_test(tc, wrong_calls_are_refused_in_one_line);
-    tcase_add_test(tc, sessions_survive_a_lack_of_memory);
+    tcase_add_loop_test(tc, sessions_survive_a_lack_of_memory, 0, 2);
     suite_add_tcase(suite, tc);
     return rf_run_suite(suite);
 }

@@ -27,6 +27,11 @@ Readings  where texts leave room (see `CASES` for options):
   dapq         no token is protected, no pooling
   laq          window columns protected, scores pooled over the others
   compresskv   equal shares of layers
+  skipkv       attention of the prompt: max over the group of the window's means; while decoding: mean over the last w tokens of the
+               max over the group; pooled in front of the window. Redundancy: softmax over keys of the mean of a column of cosines, where
+               in each row the newest near duplicate (cosine above 0.5) counts 0 (R-KV; the released code also drops the first key
+               from rows without one). Sentences of two tokens or more, ended before the token of the step; the earlier of two with
+               cosine >= 0.95 loses that cosine, the largest of several; none behind the prompt
   ems          the texts leave score and classes open: the window's sums decide, and a join that is made goes to the kept token of the
                largest cos(k) cos(v)
 """
@@ -88,6 +93,21 @@ def make_tensors(seed):
                 drafted[l, :, h] = queries(8, 0.7 * c[topic[T - 1:T + 7]])
     wo = r.normal(size=(L, HQ, D, WIDTH)) / math.sqrt(HQ * D)
     return {"q": half(q), "k": half(k), "v": half(v), "pseudo": half(pseudo), "drafted": half(drafted), "wo": half(wo)}
+
+
+DOT = 1  # the token that ends a sentence
+
+
+def make_sentences(seed):
+    """hidden [N, WIDTH], tokens [N]: sentences on a few themes, said again and again; some of one token."""
+    r = np.random.default_rng(seed)
+    themes = r.normal(size=(6, WIDTH))
+    hidden, tokens = [], []
+    while len(tokens) < N:
+        words = int(r.choice((0, 2, 3, 5, 7)))
+        hidden += list(themes[r.integers(6)] + r.choice((0.1, 0.9)) * r.normal(size=(words + 1, WIDTH)))
+        tokens += list(r.integers(2, 50, words)) + [DOT]
+    return half(np.array(hidden[:N])), [int(t) for t in tokens[:N]]
 
 
 def softmax(z):
@@ -683,6 +703,61 @@ def decode_keydiff(x, budget, every):
     return decode(x, keydiff(x, budget), T, after)
 
 
+def redundancy(k):
+    unit = k / np.linalg.norm(k, axis=-1, keepdims=True)
+    cosine = unit @ unit.T
+    for i, row in enumerate(cosine):
+        row[i] = 0
+        near = np.nonzero(row > 0.5)[0]
+        if len(near):
+            row[near[-1]] = 0
+    return softmax(cosine.mean(0))
+
+
+def said_again(x, end, threshold=0.95):
+    """Penalty of each of the first `end` tokens."""
+    spans, vectors, first = [], [], 0
+    for t in range(end):
+        if x["tokens"][t] == DOT:
+            if t > first:
+                mean = x["hidden"][first:t + 1].mean(0)
+                spans.append(range(first, t + 1))
+                vectors.append(mean / np.linalg.norm(mean))
+            first = t + 1
+    out = np.zeros(N)
+    for i, one in enumerate(vectors):
+        cosines = [float(one @ other) for other in vectors[i + 1:]]
+        out[list(spans[i])] = max([c for c in cosines if c >= threshold], default=0)
+    return out
+
+
+def skipkv(x, budget, w, every, sigma=0.1, penalty=1.0, size=7):
+    """Behind the prompt and every so many tokens."""
+    kept = []
+    mix = lambda attention, k: attention if sigma == 0 else sigma * attention - (1 - sigma) * redundancy(k)[:len(attention)]
+    for l in range(L):
+        s = over_group(window_scores(prompt_attention(x, l, T)[1], w) / w, "max")
+        kept.append([behind(mix(pool(s[g], "max", size), x["k"][l, :T, g]), budget - w, w) for g in range(HKV)])
+    seen = min(w, every)
+    rows = [[{} for _ in range(HKV)] for _ in range(L)]
+
+    def after(l, t, slots, p):
+        since = (t - T) % every + 1
+        for g, one in enumerate(slots):
+            if since == every - seen + 1:
+                rows[l][g] = {}
+            for i, j in enumerate(one):
+                rows[l][g][j] = rows[l][g].get(j, 0.0) + max(p[h][i] for h in range(g * G, (g + 1) * G)) / seen
+            if since < every or len(one) <= budget:
+                continue
+            old = one[:len(one) - w]
+            s = mix(pool(np.array([rows[l][g][j] for j in old]), "max", size), x["k"][l, one, g])
+            s = s - penalty * said_again(x, t)[old]
+            one[:] = [old[i] for i in top(s, budget - w)] + one[len(one) - w:]
+
+    return decode(x, kept, T, after)
+
+
 def lacache(budget, tokens, span, overlap, layers=L, sinks=4):
     ladder = Ladder(layers, budget, sinks, span, overlap)
     chunk = budget - sinks - layers
@@ -949,6 +1024,13 @@ def make_cases(x):
         for tokens in (T, 5):
             add("lacache", "ladder_span=2", b, {}, lacache(b, tokens, 2, 0), tokens)
             add("lacache", "ladder_span=1", b, {}, lacache(b, tokens, 1, 0), tokens)
+        for options in ({}, {"penalty": 0.0}, {"sigma": 0.0}, {"every": 6}):
+            every = options.get("every", 10)
+            text = "".join(f",{name}={value:g}" for name, value in
+                           zip(("sentence_penalty", "redundancy"), (options.get("penalty", 1), options.get("sigma", 0.1))))
+            o = {"every": every, **options}
+            kv = s1 if options.get("sigma") == 0 else {**s1, "k": "k", "v": "v"}
+            add("skipkv", f"window={w},every={every},delimiter1={DOT},delimiter2=-1{text}", b, kv, skipkv(x, b, w, **o))
         add("treekv", "", b, {"s1": "short12.s1"}, treekv(x, b, 12), 12)
         add("lazy", "every=8,window=8,activation=0.05", b, {"peak": "short1.peak"}, lazy(x, b, 8, 0.05), 1)
     more = 120  # than the prompt has: nothing goes before the 25th token
@@ -975,6 +1057,7 @@ def make_cases(x):
 def make(seed):
     closest[0] = math.inf
     x = make_tensors(seed)
+    x["hidden"], x["tokens"] = make_sentences(seed + 2)
     r = np.random.default_rng(seed + 1)
     cases, pieces, stats = make_cases(x), parts(r), statistics(x)
     for tokens in (1, 12):
@@ -995,12 +1078,12 @@ def main():
     print(f"{len(cases)} cases, closest choice {closest[0]:.2g}")
     if closest[0] < MARGIN:
         raise SystemExit(f"a choice is nearer than {MARGIN}: take another SEED")
-    tensors = {n: np.ascontiguousarray(x[n].astype(np.float16)) for n in ("q", "k", "v")}
+    tensors = {n: np.ascontiguousarray(x[n].astype(np.float16)) for n in ("q", "k", "v", "hidden")}
     tensors |= {n: np.ascontiguousarray(s.astype(np.float32)) for n, s in stats.items()}
     meta = {"origin": f"python tests/reference/kv.py, seed {SEED}"}  # one key: the writer does not sort them
     (o.out / "kv-rules.safetensors").write_bytes(save(tensors, meta))
     head = {"command": "python tests/reference/kv.py", "seed": SEED, "layers": L, "q_heads": HQ, "kv_heads": HKV, "head_dim": D,
-            "prompt": T, "new": NEW, "every": EVERY, "head_classes": HEAD_LIST, "layer_shares": [1 / L] * L,
+            "prompt": T, "new": NEW, "every": EVERY, "tokens": x["tokens"], "head_classes": HEAD_LIST, "layer_shares": [1 / L] * L,
             "without": {"none": "keeps everything", "random": "the engine's own generator",
                         "razor": "not stated here yet", "trimkv": "not stated here yet",
                         "global-retention": "not stated here yet", "tokenselect": "not stated here yet",
