@@ -147,6 +147,8 @@ struct rf_kv_session {
     size_t bounce_bytes;
     float *gate_values, *gate_rows; /* GATE: [Hkv][stats_stride], [chunk or B][hidden + Hkv] and work */
     float *step_gates;              /* [B][Hkv] of the newest tokens */
+    int32_t *received;              /* device, [max_prompt]: positions of rows of a prompt that later layers see */
+    bool thinned;                   /* the layer at hand does */
     float *rope_mean;               /* EXPECTED: [D / 2][2] */
     double *moments;                /* EXPECTED: [Hq][D + D * D] */
     double moment_rows;

@@ -68,6 +68,35 @@ static rf_status keep_unturned(rf_kv_session *s, const rf_text_run *run, int lay
     return s->ops->qkv_rope(s->stream, &args, err);
 }
 
+/* Rows stand close together, keys and values too, whatever their positions: causal by row is causal by position. */
+static rf_status split_thinned(rf_kv_session *s, int layer, const chunk *c, rf_error *err) {
+    const rf_text_session *stage = s->stage;
+    const rf_text_model *model = s->model;
+    const rf_text_desc *d = &model->desc;
+    size_t first = (size_t)(c->begin * stage->kv_cols) * rf_kv_elem(s);
+    rf_qkv_rope_args args = {.qkv = stage->b.wide,
+                             .q_out = stage->b.q,
+                             .k = rf_text_keys(stage, layer) + first,
+                             .v = rf_text_values(stage, layer) + first,
+                             .dtype = model->dtype,
+                             .batch = c->rows,
+                             .rows = 1,
+                             .num_q_heads = d->num_q_heads,
+                             .num_kv_heads = d->num_kv_heads,
+                             .head_dim = d->head_dim,
+                             .pairs = d->head_dim / 2,
+                             .cache_rows = 1, /* each the row of its own "sequence" */
+                             .k_batch_stride = stage->kv_cols,
+                             .k_row_stride = stage->kv_cols,
+                             .positions = s->received + c->begin,
+                             .q_norm = model->layers[layer].q_norm,
+                             .k_norm = model->layers[layer].k_norm,
+                             .norm_eps = (float)d->norm_eps,
+                             .table = model->rope,
+                             .table_rows = model->rope_positions};
+    return s->ops->qkv_rope(s->stream, &args, err);
+}
+
 /* goes_on: later layers or the head want the rows. */
 static rf_status chunk_layer(rf_kv_session *s, int layer, const chunk *c, int32_t num, bool goes_on, rf_error *err) {
     rf_text_session *stage = s->stage;
@@ -92,7 +121,10 @@ static rf_status chunk_layer(rf_kv_session *s, int layer, const chunk *c, int32_
     RF_TRY(rf_text_linear(&run, stage->b.h, w->qkv, w->qkv_bias, stage->b.wide, run.rows,
                           stage->q_cols + 2 * stage->kv_cols, d->hidden, err));
     if (rf_kv_keeps_unturned(s)) RF_TRY(keep_unturned(s, &run, layer, err));
-    RF_TRY(rf_text_qkv_rope(&run, layer, run.shape.rows, rf_text_at(&run, run.at.positions), err));
+    if (s->thinned)
+        RF_TRY(split_thinned(s, layer, c, err));
+    else
+        RF_TRY(rf_text_qkv_rope(&run, layer, run.shape.rows, rf_text_at(&run, run.at.positions), err));
     if ((s->needs & RF_KV_NEED_GATE) && !c->pseudo)
         RF_TRY(rf_kv_gate_prompt(s, layer, stage->b.h, c->begin, c->rows, err));
     if (s->select && !c->pseudo) RF_TRY(rf_kv_select_rows(s, num, c->begin, c->rows, err));
@@ -121,19 +153,24 @@ static rf_status chunk_layer(rf_kv_session *s, int layer, const chunk *c, int32_
 }
 
 /* Kept positions of the layer's planes to their rows of the pool. */
-static rf_status copy_kept(rf_kv_session *s, int layer, int sequence, rf_error *err) {
+static rf_status copy_kept(rf_kv_session *s, int layer, int sequence, int32_t num, rf_error *err) {
     const rf_kv_sequence *q = &s->sequences[sequence];
     const rf_text_session *stage = s->stage;
     int64_t stride = s->list_stride, heads = s->num_kv_heads, words = 3 * heads * stride + heads;
     int32_t *from = s->host_copy + (s->ahead ? layer % 2 * words : 0), *to = from + heads * stride,
             *turn = to + heads * stride, *counts = turn + heads * stride;
     bool delta = s->rule.position == RF_KV_POSITION_DELTA;
-    int32_t most = rf_kv_book_most(q->book, layer);
+    int32_t most = rf_kv_book_most(q->book, layer), num_received;
+    const int32_t *received = rf_kv_book_received(q->book, layer, &num_received);
     /* The lists of the layer before may be on their way; those of the one before it are not, as this one's mark has passed. */
     if (!s->ahead) RF_TRY(rf_kv_wait(s, err));
     for (int h = 0; h < s->num_kv_heads; h++) {
         const rf_kv_head *head = rf_kv_book_head(q->book, layer, h);
         memcpy(from + h * stride, head->position, (size_t)head->num * sizeof *from);
+        for (int32_t i = 0, row = 0; received && i < head->num; i++) { /* both ascend */
+            while (received[row] != head->position[i]) row++;
+            from[h * stride + i] = row;
+        }
         memcpy(to + h * stride, head->row, (size_t)head->num * sizeof *to);
         /* Heads end together: the newest slot of each stands before the next token. */
         for (int32_t i = 0; delta && i < head->num; i++)
@@ -149,7 +186,7 @@ static rf_status copy_kept(rf_kv_session *s, int layer, int sequence, rf_error *
                                        .v = rf_text_values(stage, layer),
                                        .row_stride = stage->kv_cols,
                                        .head_stride = s->head_dim,
-                                       .num_keys = q->compressed},
+                                       .num_keys = num},
                             .k_out = s->k_pool,
                             .v_out = s->v_pool,
                             .out_row_stride = s->head_dim,
@@ -175,7 +212,7 @@ static rf_status choose(rf_kv_session *s, int layer, int sequence, const int32_t
     RF_TRY(rf_kv_book_prefill(s->sequences[sequence].book, layer, num, &stats, err));
     RF_TRY(rf_kv_mean_prompt(s, layer, sequence, num, err));
     RF_TRY(rf_kv_join_prompt(s, layer, sequence, num, err));
-    RF_TRY(copy_kept(s, layer, sequence, err));
+    RF_TRY(copy_kept(s, layer, sequence, num, err));
     RF_TRY(rf_kv_wait(s, err));
     if (s->select) RF_TRY(rf_kv_select_prompt(s, layer, sequence, tokens, num, &stats, err));
     s->info.score_ms += rf_kv_now_ms() - began;
@@ -193,7 +230,7 @@ static rf_status choose_ahead(rf_kv_session *s, int layer, int sequence, int32_t
     RF_TRY(rf_stream_wait_mark(s->stream, MARK_MEASURED + layer % MARKS, err));
     double began = rf_kv_now_ms();
     RF_TRY(rf_kv_book_prefill(s->sequences[sequence].book, layer, num, &s->layer_stats[layer % 2], err));
-    RF_TRY(copy_kept(s, layer, sequence, err));
+    RF_TRY(copy_kept(s, layer, sequence, num, err));
     if (!rf_kv_decides_late(s)) RF_TRY(rf_kv_upload_lists(s, sequence, layer, layer + 1, err));
     s->info.score_ms += rf_kv_now_ms() - began;
     return RF_OK;
@@ -248,8 +285,40 @@ static rf_status upload_chunks(rf_kv_session *s, const int32_t *tokens, int32_t 
     return make_run(s, &c, pseudo, &run, err);
 }
 
-static rf_status run_layers(rf_kv_session *s, int sequence, const int32_t *tokens, int32_t num, bool want_head,
+/* The rows that the book passes on to a layer, close together in the plane. *num: how many there are. */
+static rf_status pass_on(rf_kv_session *s, int layer, int sequence, const int32_t *tokens, int32_t *num,
+                         rf_error *err) {
+    const rf_kv_sequence *q = &s->sequences[sequence];
+    int32_t count;
+    const int32_t *received = rf_kv_book_received(q->book, layer, &count);
+    if (received == NULL || count == *num) return RF_OK;
+    memcpy(s->host_copy, received, (size_t)count * sizeof *received);
+    RF_TRY(rf_stream_upload(s->stream, s->received, s->host_copy, (size_t)count * sizeof *received, err));
+    int64_t hidden = s->model->desc.hidden, size = s->stage->options.max_rows;
+    size_t row = (size_t)hidden * rf_dtype_bytes(s->stage->options.residual_dtype);
+    char *between = s->x_plane + (size_t)s->options.max_prompt * row; /* rows of padding alone */
+    for (int32_t begin = 0; begin < count; begin += (int32_t)size) {  /* no later chunk reads what one overwrites */
+        int64_t rows = count - begin < size ? count - begin : size;
+        rf_rows_args args = {.src = s->x_plane,
+                             .dst = between,
+                             .rows = s->received + begin,
+                             .dtype = s->stage->options.residual_dtype,
+                             .num_rows = rows,
+                             .cols = hidden};
+        RF_TRY(s->ops->gather_rows(s->stream, &args, err));
+        RF_TRY(rf_stream_copy(s->stream, s->x_plane + (size_t)begin * row, between, (size_t)rows * row, err));
+    }
+    if (count <= q->budget) s->needs = 0; /* all of them stay */
+    s->thinned = true;
+    *num = count;
+    RF_TRY(rf_kv_wait(s, err));
+    return upload_chunks(s, tokens, count, err);
+}
+
+/* *rows: of the last layer. */
+static rf_status run_layers(rf_kv_session *s, int sequence, const int32_t *tokens, int32_t *rows, bool want_head,
                             rf_error *err) {
+    int32_t num = *rows, of_prompt = num;
     void *x = s->stage->b.x;
     int32_t *control = s->stage->b.control;
     int32_t size = s->options.prefill_chunk;
@@ -271,10 +340,13 @@ static rf_status run_layers(rf_kv_session *s, int sequence, const int32_t *token
             st = chunk_layer(s, l, &c, num, !last_layer, err);
         }
         if (st == RF_OK) st = s->ahead ? turn_over(s, l, sequence, num, err) : choose(s, l, sequence, tokens, num, err);
+        if (st == RF_OK && !last_layer) st = pass_on(s, l + 1, sequence, tokens, &num, err);
     }
     s->stage->b.x = x;
     s->stage->b.control = control;
-    if (st == RF_OK) st = rf_kv_sentences_prompt(s, sequence, tokens, num, err);
+    s->thinned = false;
+    *rows = num;
+    if (st == RF_OK) st = rf_kv_sentences_prompt(s, sequence, tokens, of_prompt, err);
     return st;
 }
 
@@ -284,12 +356,13 @@ rf_status rf_kv_prefill(rf_kv_session *s, int sequence, const int32_t *tokens, i
     double scored = s->info.score_ms;
     rf_stream_set_phase(s->stream, RF_PHASE_PLAN); /* chunks of any length */
     s->ahead = s->overlaps && !s->probe;
-    rf_status st = run_layers(s, sequence, tokens, num, want_head, err);
+    int32_t rows = num;
+    rf_status st = run_layers(s, sequence, tokens, &rows, want_head, err);
     if (st == RF_OK && want_head) {
         s->host_control[s->at.keys + (size_t)sequence] = num;
         s->host_control[s->at.steps + (size_t)sequence] = 0;
         st = rf_stream_upload(s->stream, s->control, s->host_control, s->at.words * sizeof(int32_t), err);
-        chunk last = {.begin = num - 1};
+        chunk last = {.begin = rows - 1};
         if (st == RF_OK) st = rf_kv_queue_head(s, chunk_x(s, &last), sequence, 1, err);
     }
     if (st == RF_OK && s->ahead) {

@@ -279,6 +279,8 @@ static rf_status take_buffers(rf_kv_session *s, rf_arena *arena, rf_error *err) 
          3 * (size_t)s->num_kv_heads * (size_t)s->list_stride + (size_t)s->num_kv_heads, sizeof(int32_t)},
         {&s->lse, "log-sums", (size_t)s->num_q_heads * chunk, sizeof(float)},
         {&s->weights, "weights of queries", (size_t)o->max_prompt + extra, sizeof(float)},
+        {&s->received, "positions of rows that go on", rf_kv_rule_thins(&s->rule) ? (size_t)o->max_prompt : 0,
+         sizeof(int32_t)},
         {&s->anchor, "anchors", (size_t)s->num_kv_heads * dim, sizeof(float)},
         {&s->workspace, "workspace of measurements", s->workspace_bytes, 1},
         {&s->mean_k, "mean keys", means * layers * units * dim, elem},

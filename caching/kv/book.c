@@ -10,6 +10,8 @@
  *   flat-heads  Ada-KV's counts over the heads of a layer, not normalised, plus what is protected
  *   flat-all    B * L * Hkv in all, at least (int)(floor * B) a head; decided with the last layer
  *   class       heads with a flagged query head keep everything, the others B
+ * With tsp_share (FastKV) layers behind tsp_layer know those tokens alone that it passes on, if the prompt is longer than B: at
+ * most B of them stay.
  * Actions SELECT, DEMOTE and SHARE keep everything here: what is read, in how many bits, is the runtime's. COMPENSATE drops as DROP
  * does (prefill only): the runtime knows the prompt's positions that are not kept. */
 #include "caching/kv/book.h"
@@ -72,6 +74,10 @@ void rf_kv_protected(const rf_kv_rule *rule, int32_t budget, int32_t *front, int
     if (rule->last) *back = max32(*back, 1);
     *front = min32(rule->sinks, budget);
     *back = min32(*back, budget - *front);
+}
+
+static int tsp_layer_of(const rf_kv_rule *rule, const rf_kv_shape *shape) {
+    return rule->tsp_layer >= 0 ? rule->tsp_layer : max32(shape->num_layers / 2 - 1, 0);
 }
 
 static bool is_unlimited_class(const rf_kv_shape *shape, int layer, int head) {
@@ -156,6 +162,7 @@ void rf_kv_book_destroy(rf_kv_book *book) {
     rf_free(book->head_classes);
     rf_free(book->head_list);
     rf_free(book->free_rows);
+    rf_free(book->received);
     rf_free(book->heads);
     rf_free(book->room);
     rf_free(book->head_budget);
@@ -213,6 +220,11 @@ static rf_status check(const rf_kv_rule *rule, const rf_kv_shape *shape, rf_erro
             return rf_fail(err, RF_ERR_CONFIG, "kv book: layer %d has no listed head (flag 1), heads=list wants one",
                            l);
     }
+    if (rf_kv_rule_thins(rule) && (rule->tsp_layer >= s->num_layers || tsp_layer_of(rule, s) < rule->skip_layers))
+        return rf_fail(err, RF_ERR_ARGUMENT,
+                       "kv book: tsp_layer=%d chooses what later ones of %d layers see: one behind the %d that keep "
+                       "everything is wanted",
+                       rule->tsp_layer, s->num_layers, rule->skip_layers);
     if (rf_kv_track_of(rule) == RF_KV_TRACK_SUM && rule->reduce == RF_KV_REDUCE_MEANVAR)
         return rf_fail(err, RF_ERR_UNSUPPORTED, "kv book: reduce=meanvar of all queries cannot go on while decoding");
     return RF_OK;
@@ -252,6 +264,11 @@ rf_status rf_kv_book_create(rf_kv_book **out, const rf_kv_rule *rule, const rf_k
     book->joins = rf_alloc_zero(heads, sizeof *book->joins);
     bool ok = book->free_rows && book->heads && book->room && book->head_budget && book->cursor && book->since &&
               book->preference && book->joins;
+    if (ok && rf_kv_rule_thins(rule)) {
+        book->tsp_layer = tsp_layer_of(rule, shape);
+        book->received = rf_alloc((size_t)max32(shape->max_prompt, 1) * sizeof *book->received);
+        ok = book->received != NULL;
+    }
     if (ok && shape->layer_shares != NULL) {
         book->shape.layer_shares = book->layer_shares = rf_alloc(layers * sizeof(float));
         ok = book->layer_shares != NULL;
@@ -307,7 +324,7 @@ rf_status rf_kv_book_reset(rf_kv_book *book, int32_t budget, rf_error *err) {
         }
     }
     book->layers_done = 0;
-    book->num_prompt = book->seen = 0;
+    book->num_prompt = book->seen = book->num_received = 0;
     book->last_position = -1;
     book->info = (rf_kv_book_info){0};
     return RF_OK;
@@ -413,11 +430,13 @@ static rf_status fill(rf_kv_book *book, int layer, int head, int32_t num_tokens,
     int index = layer * book->shape.num_kv_heads + head;
     int64_t base = (int64_t)head * num_tokens;
     rf_kv_head *h = &book->heads[index];
+    int32_t num_received;
+    const int32_t *received = rf_kv_book_received(book, layer, &num_received);
     RF_TRY(reserve(book, index, count, err));
     for (int32_t i = 0; i < count; i++) {
         int32_t j = keep != NULL ? keep[i] : i;
         h->row[i] = -1;
-        h->position[i] = j;
+        h->position[i] = received != NULL ? received[j] : j;
         h->score[i] = stored != NULL ? stored[base + j] : 0;
         if (book->has_count) h->count[i] = stored != NULL ? book->count[base + j] : 0;
         if (book->has_gaps) h->stamp[i] = stored != NULL ? book->stamp[base + j] : j;
@@ -715,6 +734,22 @@ static rf_status cut_prompt(rf_kv_book *book, int layer, int32_t num_tokens, con
     return give_rows(book, layer, err);
 }
 
+/* FastKV: the best of a layer by the sum of its heads' scores, and the window, go on. */
+static void pass_on(rf_kv_book *book, int32_t num_tokens) {
+    int32_t front, back, count;
+    float *sum = book->work;
+    rf_kv_protected(&book->rule, book->budget, &front, &back);
+    count = (int32_t)(book->rule.tsp_share * num_tokens) + back;
+    if (count >= num_tokens) return;
+    for (int32_t j = 0; j < num_tokens; j++) {
+        double of_heads = 0;
+        for (int h = 0; h < book->shape.num_kv_heads; h++)
+            of_heads += (double)book->scores[(int64_t)h * num_tokens + j];
+        sum[j] = (float)of_heads;
+    }
+    book->num_received = rf_kv_choose(book->received, sum, num_tokens, count, front, back);
+}
+
 rf_status rf_kv_book_prefill(rf_kv_book *book, int layer, int32_t num_tokens, const rf_kv_stats *stats, rf_error *err) {
     double begin = now_ms();
     const rf_kv_rule *rule = &book->rule;
@@ -723,15 +758,18 @@ rf_status rf_kv_book_prefill(rf_kv_book *book, int layer, int32_t num_tokens, co
         return rf_fail(err, RF_ERR_STATE,
                        "kv book: a prompt's layers come in order, once: wanted layer %d of %d, found %d",
                        book->layers_done, book->shape.num_layers, layer);
-    if (num_tokens < 1 || num_tokens > book->shape.max_prompt || (layer > 0 && num_tokens != book->num_prompt))
+    int32_t received = book->num_prompt;
+    (void)rf_kv_book_received(book, layer, &received);
+    if (num_tokens < 1 || num_tokens > book->shape.max_prompt || (layer > 0 && num_tokens != received))
         return rf_fail(err, RF_ERR_ARGUMENT,
-                       "kv book: layer %d: a prompt of %d tokens at most, the same in all layers, is wanted, found %d",
+                       "kv book: layer %d: a prompt of %d tokens at most, those that the layer receives, is wanted, "
+                       "found %d",
                        layer, book->shape.max_prompt, num_tokens);
     if (stats != NULL && (stats->num_keys != num_tokens || stats->stride < num_tokens))
         return rf_fail(err, RF_ERR_SHAPE, "kv book: layer %d: statistics of %d keys, stride %lld, for a prompt of %d",
                        layer, stats->num_keys, (long long)stats->stride, num_tokens);
-    book->num_prompt = book->seen = num_tokens;
-    book->last_position = num_tokens - 1;
+    if (layer == 0) book->num_prompt = book->seen = num_tokens;
+    book->last_position = book->num_prompt - 1;
     int32_t limit = book->budget;
     if (rule->schedule == RF_KV_AT_HIGH) limit = (int32_t)min64((int64_t)limit + max32(rule->buffer, 1) - 1, INT32_MAX);
     if (rule->score == RF_KV_SCORE_LADDER) limit = book->ladder.cap;
@@ -743,6 +781,7 @@ rf_status rf_kv_book_prefill(rf_kv_book *book, int layer, int32_t num_tokens, co
         if (decides || rule->schedule != RF_KV_AT_PREFILL) {
             RF_TRY(rf_kv_scratch(book, num_tokens, err));
             RF_TRY(measure(book, layer, num_tokens, decides, stats, err));
+            if (decides && book->received != NULL && layer == book->tsp_layer) pass_on(book, num_tokens);
         }
     }
     if (decides) {
@@ -751,7 +790,8 @@ rf_status rf_kv_book_prefill(rf_kv_book *book, int layer, int32_t num_tokens, co
         RF_TRY(keep_all(book, layer, num_tokens, err));
     }
     book->layers_done++;
-    book->info.seen += (int64_t)num_tokens * heads;
+    book->info.seen += (int64_t)book->num_prompt * heads;
+    book->info.evictions += (int64_t)(book->num_prompt - num_tokens) * heads;
     book->info.plan_ms += now_ms() - begin;
     return RF_OK;
 }
@@ -812,6 +852,12 @@ rf_status rf_kv_book_step(rf_kv_book *book, int layer, const rf_kv_stats *stats,
 
 const rf_kv_head *rf_kv_book_head(const rf_kv_book *book, int layer, int head) {
     return rf_kv_head_of(book, layer, head);
+}
+
+const int32_t *rf_kv_book_received(const rf_kv_book *book, int layer, int32_t *num) {
+    bool few = book->num_received > 0 && layer > book->tsp_layer;
+    *num = few ? book->num_received : book->num_prompt;
+    return few ? book->received : NULL;
 }
 
 int32_t rf_kv_book_most(const rf_kv_book *book, int layer) {

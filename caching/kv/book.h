@@ -49,6 +49,9 @@ struct rf_kv_book {
     rf_kv_ladder ladder;
     int layers_done;
     int32_t num_prompt, seen, last_position;
+    int tsp_layer;        /* the last layer that receives all tokens */
+    int32_t *received;    /* [max_prompt] what later ones receive, with tsp_share */
+    int32_t num_received; /* 0: all */
     /* scratch, for n keys */
     int64_t scratch_keys;
     float *scores, *values, *work;             /* [Hkv][n], [Hkv][n], [2 Hq n] */

@@ -141,6 +141,8 @@ typedef struct {
     int32_t window;         /* rows; queries=window: protected too unless open_window */
     bool open_window;
     bool last;           /* the newest token */
+    int32_t tsp_layer;   /* FastKV: behind this layer fewer tokens go on; -1: half of the layers less one */
+    double tsp_share;    /* so many of the prompt, and the window; 0 and 1: all */
     int32_t skip_layers; /* so many first layers keep everything (Knorm in one release) or a uniform budget (alloc) */
 
     double alpha, gamma, tau1, tau2, floor; /* decay; CAKE's; Ada-KV's share of a uniform budget */
@@ -182,6 +184,8 @@ rf_status rf_kv_rule_set(rf_kv_rule *rule, const char *key, const char *value, r
 rf_status rf_kv_rule_check(const rf_kv_rule *rule, rf_error *err);
 /* Every field that differs from the plain rule, as rf_kv_rule_parse takes them. Returns the length needed, as snprintf. */
 size_t rf_kv_rule_describe(const rf_kv_rule *rule, char *text, size_t text_bytes);
+/* Do some layers receive a part of a prompt alone (tsp_share)? */
+bool rf_kv_rule_thins(const rf_kv_rule *rule);
 /* The keys that rf_kv_rule_set takes, with types, defaults and help: for `refrain policies`. */
 int rf_kv_num_keys(void);
 const rf_policy_option *rf_kv_key_at(int index);
@@ -268,8 +272,11 @@ rf_status rf_kv_book_reset(rf_kv_book *book, int32_t budget, rf_error *err);
 /* Layers in order, after each one's attention over a prompt of num_tokens (positions 0..): what stays gets rows. A cascading rule
  * shrinks earlier layers too; one that decides over all layers keeps everything until the last one (pool: rf_kv_pool_rows counts
  * it). Afterwards head(layer, h)->position says what to copy where (->row), joins what to join before. stats may be NULL if
- * nothing is needed. */
+ * nothing is needed. num_tokens: of a layer that receives fewer tokens (rf_kv_book_received) so many; its statistics are then of those, in
+ * order, and positions of slots remain those of the prompt. */
 rf_status rf_kv_book_prefill(rf_kv_book *book, int layer, int32_t num_tokens, const rf_kv_stats *stats, rf_error *err);
+/* Positions, ascending, of the tokens of the prompt that a layer receives: known behind the layer before. NULL: all. */
+const int32_t *rf_kv_book_received(const rf_kv_book *book, int layer, int32_t *num);
 /* The next token's slot in every layer and head: appended at its end. RF_ERR_STATE: pool exhausted. */
 rf_status rf_kv_book_append(rf_kv_book *book, int32_t position, rf_error *err);
 /* Of rf_kv_needs_step, what this layer's next step reads: a rule that waits for its turn may want nothing yet. */

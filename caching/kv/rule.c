@@ -53,6 +53,8 @@ static const key keys[] = {
     INT("window", window, "32", 1, 1048576, "queries of the window"),
     FLAG("open_window", open_window, "the window's own tokens may go"),
     FLAG("last", last, "the newest token always stays"),
+    INT("tsp_layer", tsp_layer, "-1", -1, 1023, "the last layer that all tokens pass; -1: half of them less one"),
+    REAL("tsp_share", tsp_share, "0", 0, 1, "part of the prompt that later layers see, beside the window; 0, 1: all"),
     INT("skip_layers", skip_layers, "0", 0, 1024, "first layers that are left alone"),
     REAL("alpha", alpha, "0.95", 0, 1, "factor of reduce=decay"),
     REAL("gamma", gamma, "200", 0, 1e9, "of reduce=meanvar"),
@@ -318,6 +320,10 @@ size_t rf_kv_rule_describe(const rf_kv_rule *rule, char *text, size_t text_bytes
     return used;
 }
 
+bool rf_kv_rule_thins(const rf_kv_rule *rule) {
+    return rule->tsp_share > 0 && rule->tsp_share < 1;
+}
+
 static rf_status missing(const rf_kv_rule *rule, const char *what, rf_error *err) {
     return rf_fail(err, RF_ERR_UNSUPPORTED, "KV policy %s: %s", rule->method[0] ? rule->method : "of parts", what);
 }
@@ -372,11 +378,16 @@ static rf_status check_select(const rf_kv_rule *r, rf_error *err) {
 
 rf_status rf_kv_rule_check(const rf_kv_rule *r, rf_error *err) {
     bool attention = r->score == RF_KV_SCORE_ATTENTION, learned = r->score == RF_KV_SCORE_GATE;
-    if (strcmp(r->method, "fastkv") == 0)
-        return missing(r, "later layers that see fewer tokens are not implemented yet", err);
     if (strcmp(r->method, "epicache") == 0) return missing(r, "caches of episodes are not implemented yet", err);
     if (strcmp(r->method, "attention-gate") == 0)
         return missing(r, "flags before attention change the prompt's own computation: not offered", err);
+    if (rf_kv_rule_thins(r) && (!attention || r->queries != RF_KV_QUERIES_WINDOW || r->schedule != RF_KV_AT_PREFILL ||
+                                r->action != RF_KV_DROP || r->alloc != RF_KV_ALLOC_UNIFORM ||
+                                r->position != RF_KV_POSITION_ORIGINAL || r->crush_share > 0))
+        return missing(r,
+                       "tsp_share wants the attention of a window (score=attention,queries=window) and "
+                       "schedule=prefill,action=drop,alloc=uniform,position=original",
+                       err);
     if (r->heads == RF_KV_HEADS_LIST && (!attention || r->schedule != RF_KV_AT_PREFILL))
         return missing(r, "heads=list wants score=attention,schedule=prefill", err);
     if (r->action == RF_KV_COMPENSATE && (r->schedule != RF_KV_AT_PREFILL || r->position != RF_KV_POSITION_ORIGINAL ||

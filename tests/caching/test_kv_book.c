@@ -115,15 +115,22 @@ static int first_query(const rf_kv_rule *rule, int tokens) {
     return of_window(rule) && tokens > rule->window ? tokens - rule->window : 0;
 }
 
-static void measure_prompt(measured *m, const rf_kv_rule *rule, int layer, int tokens) {
+/* Of the tokens that a layer receives: positions received[0..num), NULL: all. */
+static void measure_received(measured *m, const rf_kv_rule *rule, int layer, int tokens, const int32_t *received,
+                             int num) {
     int first = first_query(rule, tokens);
-    m->stats.num_keys = tokens;
+    m->stats.num_keys = num;
     m->stats.num_queries = tokens - first;
-    for (int j = 0; j < tokens; j++) {
-        for (int q = 0; q < QUERY_HEADS; q++) measure(m, rule, layer, q, j, first, tokens - 1, j);
-        for (int h = 0; h < KEY_HEADS; h++) put_key(m, layer, h, j, j);
+    for (int j = 0; j < num; j++) {
+        int key = received != NULL ? received[j] : j;
+        for (int q = 0; q < QUERY_HEADS; q++) measure(m, rule, layer, q, j, first, tokens - 1, key);
+        for (int h = 0; h < KEY_HEADS; h++) put_key(m, layer, h, j, key);
     }
     for (int q = 0; q < QUERY_HEADS; q++) put(m->stats.entropy, q, 1 + (float)(layer * 7 % 5));
+}
+
+static void measure_prompt(measured *m, const rf_kv_rule *rule, int layer, int tokens) {
+    measure_received(m, rule, layer, tokens, NULL, tokens);
 }
 
 static void measure_step(measured *m, const rf_kv_rule *rule, const rf_kv_book *book, int layer, int position) {
@@ -427,8 +434,10 @@ static void run_end(run *r) {
 static void run_prompt(run *r, int tokens) {
     rf_error err = {0};
     for (int layer = 0; layer < LAYERS; layer++) {
-        measure_prompt(&r->m, &r->rule, layer, tokens);
-        rf_assert_ok(rf_kv_book_prefill(r->book, layer, tokens, &r->m.stats, &err), err);
+        int32_t num = tokens;
+        const int32_t *received = layer > 0 ? rf_kv_book_received(r->book, layer, &num) : NULL;
+        measure_received(&r->m, &r->rule, layer, tokens, received, num);
+        rf_assert_ok(rf_kv_book_prefill(r->book, layer, num, &r->m.stats, &err), err);
         int64_t kept = check_book(r->book, r->first, r->rows);
         if (kept > r->peak) r->peak = kept;
     }
@@ -1053,6 +1062,8 @@ START_TEST(named_methods_run) {
         rf_kv_book_info info = rf_kv_book_get_info(r.book);
         bool all = rule.score == RF_KV_SCORE_NONE || rule.action == RF_KV_SELECT || rule.action == RF_KV_DEMOTE ||
                    rule.action == RF_KV_SHARE;
+        ck_assert_msg(info.kept + info.evictions == info.seen, "%s keeps %lld and drops %lld of %lld", name,
+                      (long long)info.kept, (long long)info.evictions, (long long)info.seen);
         ck_assert_msg((info.kept == info.seen) == all, "%s keeps %lld of %lld", name, (long long)info.kept,
                       (long long)info.seen);
         dropped += !all;
@@ -1064,6 +1075,62 @@ START_TEST(named_methods_run) {
     }
     ck_assert_int_gt(dropped, 15);
     ck_assert_int_eq(refused, 0);
+}
+END_TEST
+
+/* FastKV: what goes on is the best of all heads' sums and the window, and stays what later layers know; a book that is used again
+ * begins anew; other numbers of tokens are refused. */
+START_TEST(later_layers_receive_what_was_passed_on) {
+    enum { TOKENS = 50, MORE = 20 + 4 };
+    rf_error err = {0};
+    rf_kv_rule rule;
+    rf_assert_ok(rf_kv_rule_parse(&rule, "fastkv:window=4,pool=none,tsp_share=0.4,tsp_layer=0", &err), err);
+    run r = run_begin(&rule, &shape, 16, 0);
+    for (int again = 0; again < 2; again++) {
+        int32_t num = 0;
+        measure_prompt(&r.m, &rule, 0, TOKENS);
+        rf_assert_ok(rf_kv_book_prefill(r.book, 0, TOKENS, &r.m.stats, &err), err);
+        ck_assert_ptr_null(rf_kv_book_received(r.book, 0, &num));
+        ck_assert_int_eq(num, TOKENS);
+        const int32_t *received = rf_kv_book_received(r.book, 1, &num);
+        ck_assert_ptr_nonnull(received);
+        ck_assert_int_eq(num, MORE);
+        bool on[TOKENS] = {false};
+        for (int i = 0; i < num; i++) on[received[i]] = true;
+        for (int i = 1; i < num; i++) ck_assert_int_gt(received[i], received[i - 1]);
+        int wrong = 0;
+        for (int j = 0; j < TOKENS - 4; j++) {
+            int before = 0;
+            for (int o = 0; o < TOKENS - 4; o++) {
+                double of[2] = {0, 0};
+                for (int q = 0; q < QUERY_HEADS; q++) {
+                    of[0] += (double)r.m.stats.s1[q * MOST + j];
+                    of[1] += (double)r.m.stats.s1[q * MOST + o];
+                }
+                before += of[1] > of[0] || ((float)of[1] == (float)of[0] && o < j);
+            }
+            wrong += on[j] != (before < MORE - 4);
+        }
+        ck_assert_int_eq(wrong, 0);
+        for (int j = TOKENS - 4; j < TOKENS; j++) ck_assert(on[j]);
+        measure_prompt(&r.m, &rule, 1, TOKENS);
+        rf_assert_fails(rf_kv_book_prefill(r.book, 1, TOKENS, &r.m.stats, &err), err, RF_ERR_ARGUMENT, "receives");
+        for (int l = 1; l < LAYERS; l++) {
+            measure_received(&r.m, &rule, l, TOKENS, received, num);
+            rf_assert_ok(rf_kv_book_prefill(r.book, l, num, &r.m.stats, &err), err);
+            for (int h = 0; h < KEY_HEADS; h++) {
+                const rf_kv_head *head = rf_kv_book_head(r.book, l, h);
+                ck_assert_int_eq(head->num, 16);
+                for (int i = 0; i < 16; i++) ck_assert(on[head->position[i]]);
+            }
+        }
+        rf_kv_book_info info = rf_kv_book_get_info(r.book);
+        ck_assert_int_eq(info.seen, (int64_t)TOKENS * LAYERS * KEY_HEADS);
+        ck_assert_int_eq(info.kept + info.evictions, info.seen);
+        rf_assert_ok(rf_kv_book_append(r.book, TOKENS, &err), err);
+        rf_assert_ok(rf_kv_book_reset(r.book, 16, &err), err);
+    }
+    run_end(&r);
 }
 END_TEST
 
@@ -1463,6 +1530,7 @@ int main(void) {
     tcase_add_test(tc, a_long_generation_stays_in_its_rows);
     tcase_add_test(tc, a_budget_over_everything_drops_nothing);
     tcase_add_test(tc, named_methods_run);
+    tcase_add_test(tc, later_layers_receive_what_was_passed_on);
     tcase_add_test(tc, sequences_do_not_know_each_other);
     tcase_add_test(tc, crush_keeps_heavy_pages_and_representatives);
     tcase_add_loop_test(tc, dropped_tokens_join_kept_ones, 0, 3);

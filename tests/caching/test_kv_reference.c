@@ -201,6 +201,7 @@ static float *head_rows(const recording *r, const float *x, int32_t layer, int32
 static int32_t queries_of(const char *tensor, int32_t tokens) {
     int w = 0;
     if (sscanf(tensor, "window%d.", &w) == 1) return w < tokens ? (int32_t)w : tokens;
+    if (sscanf(tensor, "fast%d.", &w) == 1) return (int32_t)w;
     if (strncmp(tensor, "last.", 5) == 0) return 1;
     if (strncmp(tensor, "pseudo.", 7) == 0) return 16;
     if (strncmp(tensor, "drafted8.", 9) == 0) return 16;
@@ -233,7 +234,8 @@ static void prefill(const recording *r, const rf_json_value *c, const char *name
             s.v = owned[NUM_FIELDS + 1] = head_rows(r, r->v, l, tokens);
         }
         rf_error err = {0};
-        rf_status st = rf_kv_book_prefill(book, l, tokens, needs != 0 ? &s : NULL, &err);
+        if (l > 0) (void)rf_kv_book_received(book, l, &s.num_keys); /* a tensor's rows are as long as the prompt */
+        rf_status st = rf_kv_book_prefill(book, l, s.num_keys, needs != 0 ? &s : NULL, &err);
         ck_assert_msg(st == RF_OK, "%s: prefill of layer %d: %s", name, l, err.message);
         for (int f = 0; f < NUM_FIELDS + 2; f++) rf_free(owned[f]);
     }

@@ -83,7 +83,8 @@ static bool same_rule(const rf_kv_rule *a, const rf_kv_rule *b) {
                   a->sentence_penalty,
                   a->redundancy,
                   a->high_share,
-                  a->sentence_threshold};
+                  a->sentence_threshold,
+                  a->tsp_share};
     double y[] = {b->alpha,
                   b->gamma,
                   b->tau1,
@@ -96,14 +97,15 @@ static bool same_rule(const rf_kv_rule *a, const rf_kv_rule *b) {
                   b->sentence_penalty,
                   b->redundancy,
                   b->high_share,
-                  b->sentence_threshold};
+                  b->sentence_threshold,
+                  b->tsp_share};
     bool rest = a->beta == b->beta && a->every == b->every && a->buffer == b->buffer && a->drafts == b->drafts &&
                 a->pseudo == b->pseudo && a->with_window == b->with_window && a->ladder_span == b->ladder_span &&
                 a->ladder_overlap == b->ladder_overlap && a->future == b->future && a->page == b->page &&
                 a->bits == b->bits && a->low_bits == b->low_bits && a->group_size == b->group_size &&
                 a->residual == b->residual && a->select == b->select && a->init == b->init && a->local == b->local &&
-                a->select_dims == b->select_dims && a->seed == b->seed && a->selector == b->selector &&
-                memcmp(a->delimiters, b->delimiters, sizeof a->delimiters) == 0;
+                a->select_dims == b->select_dims && a->seed == b->seed && a->tsp_layer == b->tsp_layer &&
+                a->selector == b->selector && memcmp(a->delimiters, b->delimiters, sizeof a->delimiters) == 0;
     return parts && kept && rest && memcmp(x, y, sizeof x) == 0;
 }
 
@@ -207,6 +209,10 @@ START_TEST(parts_that_do_not_go_together_are_refused) {
                                         "h2o:redundancy=0.1", /* likeness goes with the attention of a window */
                                         "cake:redundancy=0.1",
                                         "skipkv:heads=mean",
+                                        "fastkv:alloc=pyramid",
+                                        "fastkv:position=delta",
+                                        "h2o:tsp_share=0.5",
+                                        "cake:tsp_share=0.5",
                                         "skipkv:action=merge",
                                         "skipkv:schedule=prefill", /* no sentence is known then */
                                         "skipkv:delimiter1=-1,delimiter2=-1",

@@ -386,52 +386,67 @@ static void plain_skip_step(plain *p, int l, int h, int position, double prob[Q_
 static void plain_prompt(plain *p, const int32_t *tokens) {
     static double q[MOST][Q_HEADS][MAX_DIM], keys[MOST][MAX_DIM], prob[MOST], sums[Q_HEADS][MOST],
         attn[MOST][Q_HEADS * MAX_DIM];
-    int ids[MOST];
+    int ids[MOST], n = p->len; /* positions of the rows that a layer receives */
     for (int i = 0; i < p->len; i++) {
         ids[i] = i;
         for (int c = 0; c < HIDDEN; c++) p->x[i][c] = (double)((const float *)p->m->embedding)[tokens[i] * HIDDEN + c];
     }
     for (int l = 0; l < LAYERS; l++) {
         memset(sums, 0, sizeof sums);
-        for (int i = 0; i < p->len; i++) plain_qkv(p, l, i, p->x[i], q[i]);
+        for (int i = 0; i < n; i++) plain_qkv(p, l, ids[i], p->x[i], q[i]);
         for (int h = 0; h < Q_HEADS; h++) {
-            for (int i = 0; i < p->len; i++) plain_turn(p, keys[i], p->k[l][h / GROUP][i], i);
-            for (int i = 0; i < p->len; i++) {
+            for (int i = 0; i < n; i++) plain_turn(p, keys[i], p->k[l][h / GROUP][ids[i]], ids[i]);
+            for (int i = 0; i < n; i++) {
                 double turned[MAX_DIM];
-                plain_turn(p, turned, q[i][h], i);
+                plain_turn(p, turned, q[i][h], ids[i]);
                 plain_attend(p, turned, keys, (const double(*)[MAX_DIM])p->v[l][h / GROUP], ids, i + 1, prob,
                              attn[i] + h * p->dim);
-                int first = p->kind == SNAP || p->kind == SKIP ? p->len - p->rule->window
-                            : p->kind == LAST                  ? p->len - 1
-                                                               : 0;
+                int first = p->kind == SNAP || p->kind == SKIP ? n - p->rule->window : p->kind == LAST ? n - 1 : 0;
                 for (int j = 0; i >= first && j <= i; j++) sums[h][j] += prob[j];
             }
         }
-        for (int i = 0; i < p->len; i++) plain_rest(p, l, p->x[i], attn[i]);
-        int most = p->len < p->budget ? p->len : p->budget;
-        p->shift[l] = most - p->len;
+        for (int i = 0; i < n; i++) plain_rest(p, l, p->x[i], attn[i]);
+        double total[MOST] = {0}, best[MOST];
+        int most = n < p->budget ? n : p->budget;
+        p->shift[l] = most - n;
         for (int h = 0; h < KV_HEADS; h++) {
             plain_slots *s = &p->slots[l][h];
             double score[MOST] = {0};
             int from = p->kind == LAST ? 0 : h * GROUP, to = p->kind == LAST ? Q_HEADS : from + GROUP;
-            for (int j = 0; j < p->len && p->kind != SKIP; j++)
+            for (int j = 0; j < n && p->kind != SKIP; j++)
                 for (int g = from; g < to; g++) {
-                    int pool = p->kind == SNAP ? 2 : 0, end = p->kind == SNAP ? p->len - p->rule->window : p->len;
+                    int pool = p->kind == SNAP ? 2 : 0, end = p->kind == SNAP ? n - p->rule->window : n;
                     for (int o = j - pool; o <= j + pool; o++)
                         if (o >= 0 && o < end && j < end) score[j] += sums[g][o] / (2 * pool + 1) / (to - from);
                 }
-            s->num = p->len;
-            for (int j = 0; j < p->len; j++) s->id[j] = j;
+            s->num = n;
+            for (int j = 0; j < n; j++) s->id[j] = ids[j];
             memcpy(s->score, score, sizeof score);
-            for (int j = 0; j < p->len && p->kind == SKIP; j++)
+            for (int j = 0; j < n && p->kind == SKIP; j++)
                 for (int g = from; g < to; g++) score[j] = fmax(score[j], sums[g][j] / p->rule->window);
             if (p->kind == SKIP) plain_skip(p, l, h, score);
+            for (int j = 0; j < n; j++) total[j] += score[j];
             plain_evict(p, s, score);
             for (int j = 0; j < s->num; j++) s->place[j] = most - s->num + j;
         }
+        if (!rf_kv_rule_thins(p->rule) || l != p->rule->tsp_layer) continue;
+        /* FastKV: the best by both heads' sum and the window go on */
+        memcpy(best, total, sizeof best);
+        int open = n - p->rule->window, count = (int)(p->rule->tsp_share * n), next = 0;
+        for (int j = 0; j < open; j++) {
+            int before = 0;
+            for (int o = 0; o < open; o++) before += best[o] > best[j] || (best[o] == best[j] && o < j);
+            total[j] = before < count;
+        }
+        for (int j = 0; j < n; j++) {
+            if (j < open && total[j] == 0) continue;
+            ids[next] = ids[j];
+            memmove(p->x[next++], p->x[j], sizeof p->x[j]);
+        }
+        n = next;
     }
     for (int i = 0; i < p->len; i++) p->token[i] = tokens[i];
-    for (int i = p->kind == SKIP ? 0 : p->len - 1; i < p->len; i++) plain_head(p, p->x[i], i);
+    for (int i = p->kind == SKIP ? 0 : n - 1; i < n; i++) plain_head(p, p->x[i], ids[i]);
 }
 
 static void plain_step(plain *p, int32_t token, int position) {
@@ -493,6 +508,9 @@ static const struct {
     {SINKS, "streaming", RF_KV_POSITION_ORIGINAL, false}, {SINKS, "streaming", RF_KV_POSITION_ORIGINAL, true},
     {SINKS, "streaming", RF_KV_POSITION_CACHE, true},
     {SKIP, "skipkv", RF_KV_POSITION_ORIGINAL, false},     {SKIP, "skipkv:redundancy=0.9", RF_KV_POSITION_ORIGINAL, false},
+    {SNAP, "fastkv:tsp_layer=0,tsp_share=0.6", RF_KV_POSITION_ORIGINAL, false},
+    {SNAP, "fastkv:tsp_layer=1,tsp_share=0.5", RF_KV_POSITION_ORIGINAL, false},
+    {SNAP, "fastkv:tsp_layer=0,tsp_share=0.2", RF_KV_POSITION_ORIGINAL, false}, /* all that goes on stays */
 };
 
 static rf_kv_rule plain_rule(fixture *f, int i) {
@@ -590,7 +608,9 @@ static const struct {
     bool on_device;
 } batch_cases[] = {{"snapkv", false},    {"h2o", false},      {"h2o", true},  {"adakv", false},
                    {"streaming", false}, {"streaming", true}, {"cake", false},
-                   {"skipkv:window=4,every=5,delimiter1=7,sentence_threshold=0.3", false}};
+                   {"skipkv:window=4,every=5,delimiter1=7,sentence_threshold=0.3", false},
+                   {"fastkv:tsp_share=0.9", false},
+                   {"fastkv", false}};
 
 /* Prompts of three lengths, each with its own budget; the second rests now and then. */
 START_TEST(a_batch_is_its_sequences) {
@@ -677,6 +697,8 @@ static const struct {
     {"text-llama", "merge:window=8", false, false},
     {"text-llama", "dapq:pseudo=8", false, false},
     {"text-llama", "laq:drafts=3,window=4", false, false},
+    {"text-llama", "fastkv:window=8", false, false},
+    {"text-llama", "skipkv:window=8,delimiter1=3", false, false},
 };
 
 /* Prompts one after the other, tokens behind each: the choices and bits of one layer at a time. */
@@ -730,6 +752,60 @@ START_TEST(layers_chosen_behind_the_next_are_the_same) {
     rf_kv_session_info info = rf_kv_session_get_info(s[1]);
     ck_assert(info.score_wait_ms >= 0 && info.prefill_ms > 0);
     for (int i = 0; i < 2; i++) rf_kv_session_destroy(s[i]);
+    close_model(&f);
+}
+END_TEST
+
+/* --- FastKV ----------------------------------------------------------------------------------------------------------------- */
+
+/* Where all tokens go on it is SnapKV with its parts; else fewer rows and keys pass the layers behind. */
+START_TEST(fewer_tokens_pass_later_layers) {
+    enum { LEN = 60, NUM = 10, BUDGET = 20 };
+    static const char *const specs[] = {"snapkv:window=8,pool=max,pool_size=7,group=sum", "fastkv:tsp_share=1",
+                                        "fastkv:tsp_share=0.3"};
+    fixture f = open_model("text-llama");
+    int32_t prompt[LEN], got[3][LAYERS][KV_HEADS][LEN + NUM], num[3][LAYERS][KV_HEADS];
+    static float logits[3][NUM][VOCAB];
+    int64_t rows[3], keys[3];
+    draw_tokens(prompt, LEN, 21);
+    for (int k = 0; k < 3; k++) {
+        rf_kv_rule rule = rule_of(&f, specs[k]);
+        rf_kv_session_options o = options_of(&rule, BUDGET, 1, LEN, NUM);
+        rf_kv_session *s = open_session(&f, &o, false);
+        rf_assert_ok(rf_kv_session_prefill(s, 0, prompt, LEN, 0, 0, 0.0, &f.err), f.err);
+        rows[k] = s->row_layers;
+        keys[k] = s->key_layers / KV_HEADS;
+        for (int32_t i = 0; i < NUM; i++) {
+            rf_assert_ok(rf_kv_session_read_logits(s, 0, logits[k][i], &f.err), f.err);
+            if (i + 1 < NUM) rf_assert_ok(rf_kv_session_step(s, prompt + i, &f.err), f.err);
+        }
+        for (int l = 0; l < LAYERS; l++)
+            for (int h = 0; h < KV_HEADS; h++)
+                rf_assert_ok(rf_kv_session_read_positions(s, 0, l, h, got[k][l][h], &num[k][l][h], &f.err), f.err);
+        /* within the budget nothing is left out */
+        rf_assert_ok(rf_kv_session_prefill(s, 0, prompt, BUDGET, 0, 0, 0.0, &f.err), f.err);
+        rf_kv_session_info whole = rf_kv_session_get_info(s);
+        ck_assert_int_eq(whole.kept_slots, whole.full_slots);
+        rf_kv_session_destroy(s);
+    }
+    ck_assert(memcmp(logits[0], logits[1], sizeof logits[0]) == 0);
+    ck_assert(memcmp(num[0], num[1], sizeof num[0]) == 0);
+    for (int l = 0; l < LAYERS; l++)
+        for (int h = 0; h < KV_HEADS; h++)
+            ck_assert(memcmp(got[0][l][h], got[1][l][h], (size_t)num[0][l][h] * sizeof(int32_t)) == 0);
+    ck_assert(memcmp(logits[0], logits[2], sizeof logits[0]) != 0);
+    /* one layer of 60 rows, two of 18 + 8 */
+    enum { MORE = 18 + 8 };
+    ck_assert_int_eq(rows[0], LAYERS * LEN);
+    ck_assert_int_eq(rows[2], LEN + (LAYERS - 1) * MORE);
+    /* of the last layer, chunks of 16 without a row of the window are not read */
+    int64_t all = LEN * (LEN + 1) / 2, few = MORE * (MORE + 1) / 2;
+    ck_assert_int_eq(keys[0], LAYERS * all - 48 * 49 / 2);
+    ck_assert_int_eq(keys[2], all + (LAYERS - 1) * few - 16 * 17 / 2);
+    rf_kv_rule rule = rule_of(&f, "fastkv:tsp_layer=3");
+    rf_kv_session_options o = options_of(&rule, BUDGET, 1, LEN, NUM);
+    rf_kv_session *s = NULL;
+    rf_assert_fails(rf_kv_session_create(&s, f.model, &o, &f.err), f.err, RF_ERR_ARGUMENT, "tsp_layer=3");
     close_model(&f);
 }
 END_TEST
@@ -924,6 +1000,7 @@ int main(void) {
     tcase_add_loop_test(tc, a_batch_is_its_sequences, 0, sizeof batch_cases / sizeof *batch_cases);
     tcase_add_loop_test(tc, layers_chosen_behind_the_next_are_the_same, 0,
                         sizeof overlap_cases / sizeof *overlap_cases);
+    tcase_add_test(tc, fewer_tokens_pass_later_layers);
     tcase_add_test(tc, a_context_is_compressed_as_if_nothing_followed);
     tcase_add_loop_test(tc, memory_stays_over_a_long_generation, 0, 2);
     tcase_add_test(tc, a_sliding_frame_is_the_cache_turned_anew);

@@ -27,6 +27,8 @@ Readings  where texts leave room (see `CASES` for options):
   dapq         no token is protected, no pooling
   laq          window columns protected, scores pooled over the others
   compresskv   equal shares of layers
+  fastkv       behind the layer: the int(share T) best by the sum of the heads' pooled scores, and the window beside them; later
+               layers attend, pool and choose among those, at most B of them; a prompt within B passes whole
   skipkv       attention of the prompt: max over the group of the window's means; while decoding: mean over the last w tokens of the
                max over the group; pooled in front of the window. Redundancy: softmax over keys of the mean of a column of cosines, where
                in each row the newest near duplicate (cosine above 0.5) counts 0 (R-KV; the released code also drops the first key
@@ -319,6 +321,28 @@ def snapkv(x, budget, w, kind, size, group="mean"):
         s = [pool(one, kind, size) for one in window_scores(prompt_attention(x, l, T)[1], w)]
         kept.append([behind(one, budget - w, w) for one in over_group(s, group)])
     return kept
+
+
+def fastkv(x, budget, w, layer=None, share=0.2, size=7):
+    """Kept positions, and the window's sums [L, Hq, T] over the tokens that each layer receives, in order, 0 behind them."""
+    layer = max(L // 2 - 1, 0) if layer is None else layer
+    got, kept, sums = list(range(T)), [], np.zeros((L, HQ, T))
+    for l in range(L):
+        n = len(got)
+        q, k = x["q"][l, got], x["k"][l, got]
+        z = np.stack([SCALE * q[:, h] @ k[:, h // G].T for h in range(HQ)])
+        p = softmax(np.where(np.tril(np.ones((n, n), bool)), z, -np.inf))
+        sums[l, :, :n] = p[:, -w:].sum(1)
+        s = over_group([pool(one, "max", size) for one in window_scores(p, w)], "sum")
+        window = list(range(n - w, n))
+        best = [list(range(n)) if n <= budget else top(one, budget - w) + window for one in s]
+        kept.append([[got[i] for i in one] for one in best])
+        if l == layer and n > budget and int(share * n) + w < n:
+            got = [got[i] for i in top(s.sum(0), int(share * n)) + window]
+    return kept, sums
+
+
+FAST = [(4, 12, None, 0.2), (8, 24, None, 0.2), (16, 48, None, 0.2), (8, 24, 1, 0.5), (8, 48, 0, 0.4), (4, 24, 2, 0.3)]
 
 
 def pyramidkv(x, budget, w, size=7, beta=20):
@@ -911,6 +935,8 @@ def statistics(x):
         out[f"window{w}.entropy"] = each(lambda l: -(part[l] * np.log(part[l] + 1e-300)).sum((1, 2)))
         for value in ("obc-joint", "removal") + (("obc-value", "obc-key") if w == 8 else ()):
             out[f"window{w}.{value}"] = each(lambda l: removal_terms(x, l, w, value))
+    for i, (w, b, layer, share) in enumerate(FAST):
+        out[f"fast{w}.{i}.s1"] = fastkv(x, b, w, layer, share)[1]
     out["key_norm"] = each(lambda l: np.linalg.norm(x["k"][l, :T], axis=-1).T)
     out["value_norm"] = each(lambda l: np.linalg.norm(x["v"][l, :T], axis=-1).T)
     out["key_cosine"] = each(lambda l: np.stack([key_cosines(x["k"][l, :T, g]) for g in range(HKV)]))
@@ -1020,7 +1046,7 @@ def make_cases(x):
         add("laq", f"window={w},with_window=false", b, {"s1": "drafted.s1"}, laq(x, b, w, False))
         add("laq", f"window={w}", b, {"s1": "drafted8.s1"}, laq(x, b, w, True))
         add("compresskv", f"window={w}", b, s1, compresskv(x, b, w))
-        add("fastkv", f"window={w}", b, s1, snapkv(x, b, w, "max", 7, "sum"))
+        add("fastkv", f"window={w},tsp_share=1", b, s1, snapkv(x, b, w, "max", 7, "sum"))
         for tokens in (T, 5):
             add("lacache", "ladder_span=2", b, {}, lacache(b, tokens, 2, 0), tokens)
             add("lacache", "ladder_span=1", b, {}, lacache(b, tokens, 1, 0), tokens)
@@ -1033,6 +1059,10 @@ def make_cases(x):
             add("skipkv", f"window={w},every={every},delimiter1={DOT},delimiter2=-1{text}", b, kv, skipkv(x, b, w, **o))
         add("treekv", "", b, {"s1": "short12.s1"}, treekv(x, b, 12), 12)
         add("lazy", "every=8,window=8,activation=0.05", b, {"peak": "short1.peak"}, lazy(x, b, 8, 0.05), 1)
+    for i, (w, b, layer, share) in enumerate(FAST):
+        options = f"window={w}" + (f",tsp_layer={layer}" if layer is not None else "") + (f",tsp_share={share}" if share != 0.2 else "")
+        add("fastkv", options, b, {"s1": f"fast{w}.{i}.s1"}, fastkv(x, b, w, layer, share)[0])
+    add("fastkv", "window=8", T, {"s1": "window8.s1"}, snapkv(x, T, 8, "max", 7, "sum"))
     more = 120  # than the prompt has: nothing goes before the 25th token
     add("streaming", "", more, {}, decode_streaming(x, more))
     add("h2o", "", more, {"s1": "all.s1"}, accumulated(x, more, more // 2, 1.0, "mean"))
