@@ -148,7 +148,9 @@ struct rf_kv_session {
     float *gate_values, *gate_rows; /* GATE: [Hkv][stats_stride], [chunk or B][hidden + Hkv] and work */
     float *step_gates;              /* [B][Hkv] of the newest tokens */
     int32_t *received;              /* device, [max_prompt]: positions of rows of a prompt that later layers see */
-    bool thinned;                   /* the layer at hand does */
+    bool thinned;                   /* rows stand close together, positions in received */
+    int32_t *external;              /* [extra_rows] host: tokens of queries=external */
+    int32_t *plane_positions;       /* [Hkv][list_stride] host, blocks: positions of the planes' rows */
     float *rope_mean;               /* EXPECTED: [D / 2][2] */
     double *moments;                /* EXPECTED: [Hq][D + D * D] */
     double moment_rows;
@@ -214,6 +216,29 @@ rf_status rf_kv_write_rows(rf_kv_session *s, void *device, int64_t num, const fl
 /* The first num tokens of a sequence: layers, choice, pool, lists. With want_head its last row's statistics. */
 rf_status rf_kv_prefill(rf_kv_session *s, int sequence, const int32_t *tokens, int32_t num, bool want_head,
                         rf_error *err);
+
+typedef struct {
+    int32_t begin, rows; /* rows of the layer's planes of keys and values; without blocks they are positions */
+    int32_t position;    /* where s->received has the positions of the rows */
+    bool pseudo;
+} rf_kv_chunk;
+/* A chunk through a layer: residual rows in s->stage->b.x, num rows of the planes. tokens NULL: its lists are on the device. goes_on: later layers or the head want them. */
+rf_status rf_kv_chunk_layer(rf_kv_session *s, int layer, const rf_kv_chunk *c, const int32_t *tokens, int32_t num,
+                            bool goes_on, rf_error *err);
+/* Slots of a layer's heads from the planes' rows to their rows of the pool. plane: positions of num rows, ascending, those of head h at
+ * plane + h * plane_stride; NULL: rows are positions. */
+rf_status rf_kv_copy_kept(rf_kv_session *s, int layer, int sequence, const int32_t *plane, int64_t plane_stride,
+                          int32_t num, rf_error *err);
+
+/* --- kv_blocks.c --- prompts in blocks (rule.block) */
+
+rf_status rf_kv_blocks_open(rf_kv_session *s, rf_error *err);
+/* Rows of x_plane behind those of a prompt and a chunk. */
+int64_t rf_kv_blocks_rows(const rf_kv_session *s);
+bool rf_kv_comes_in_blocks(const rf_kv_session *s, int sequence);
+/* As rf_kv_prefill, without the head. */
+rf_status rf_kv_prefill_blocks(rf_kv_session *s, int sequence, const int32_t *tokens, int32_t num, bool want_head,
+                               rf_error *err);
 
 /* --- kv_measure.c --- */
 

@@ -11,22 +11,17 @@
 
 #include "dlm/kv_internal.h"
 
-typedef struct {
-    int32_t begin, rows; /* positions of the prompt */
-    bool pseudo;
-} chunk;
-
 /* Marks of the stream, in turn: a layer's measurements are with the host; its choice is with the device; all layers are queued. */
 enum { MARKS = 4, MARK_MEASURED = 0, MARK_CHOSEN = MARKS, MARK_LAST = 2 * MARKS };
 
-static char *chunk_x(const rf_kv_session *s, const chunk *c) {
+static char *chunk_x(const rf_kv_session *s, const rf_kv_chunk *c) {
     /* Padding rows behind the prompt may not touch pseudo rows. */
     int64_t row = c->pseudo ? s->options.max_prompt + s->stage->options.max_rows : c->begin;
     return s->x_plane + (size_t)(row * s->model->desc.hidden) * rf_dtype_bytes(s->stage->options.residual_dtype);
 }
 
 /* As a pass over the rows, with tokens: its lists on their way to the device, where they stay for all layers. */
-static rf_status make_run(rf_kv_session *s, const chunk *c, const int32_t *tokens, rf_text_run *run, rf_error *err) {
+static rf_status make_run(rf_kv_session *s, const rf_kv_chunk *c, const int32_t *tokens, rf_text_run *run, rf_error *err) {
     int32_t end = c->begin + c->rows, size = s->options.prefill_chunk;
     int64_t index = c->pseudo ? (s->options.max_prompt + size - 1) / size : c->begin / size;
     s->stage->b.control = s->prompt_control + index * (int64_t)s->stage->control_words;
@@ -69,7 +64,7 @@ static rf_status keep_unturned(rf_kv_session *s, const rf_text_run *run, int lay
 }
 
 /* Rows stand close together, keys and values too, whatever their positions: causal by row is causal by position. */
-static rf_status split_thinned(rf_kv_session *s, int layer, const chunk *c, rf_error *err) {
+static rf_status split_thinned(rf_kv_session *s, int layer, const rf_kv_chunk *c, rf_error *err) {
     const rf_text_session *stage = s->stage;
     const rf_text_model *model = s->model;
     const rf_text_desc *d = &model->desc;
@@ -88,7 +83,7 @@ static rf_status split_thinned(rf_kv_session *s, int layer, const chunk *c, rf_e
                              .cache_rows = 1, /* each the row of its own "sequence" */
                              .k_batch_stride = stage->kv_cols,
                              .k_row_stride = stage->kv_cols,
-                             .positions = s->received + c->begin,
+                             .positions = s->received + c->position,
                              .q_norm = model->layers[layer].q_norm,
                              .k_norm = model->layers[layer].k_norm,
                              .norm_eps = (float)d->norm_eps,
@@ -97,13 +92,13 @@ static rf_status split_thinned(rf_kv_session *s, int layer, const chunk *c, rf_e
     return s->ops->qkv_rope(s->stream, &args, err);
 }
 
-/* goes_on: later layers or the head want the rows. */
-static rf_status chunk_layer(rf_kv_session *s, int layer, const chunk *c, int32_t num, bool goes_on, rf_error *err) {
+rf_status rf_kv_chunk_layer(rf_kv_session *s, int layer, const rf_kv_chunk *c, const int32_t *tokens, int32_t num,
+                            bool goes_on, rf_error *err) {
     rf_text_session *stage = s->stage;
     const rf_text_desc *d = &s->model->desc;
     const rf_text_layer *w = &s->model->layers[layer];
     rf_text_run run;
-    RF_TRY(make_run(s, c, NULL, &run, err));
+    RF_TRY(make_run(s, c, tokens, &run, err));
     if (layer == 0) {
         rf_embed_args embed = {.table = s->model->embedding,
                                .ids = rf_text_at(&run, run.at.tokens),
@@ -153,22 +148,22 @@ static rf_status chunk_layer(rf_kv_session *s, int layer, const chunk *c, int32_
 }
 
 /* Kept positions of the layer's planes to their rows of the pool. */
-static rf_status copy_kept(rf_kv_session *s, int layer, int sequence, int32_t num, rf_error *err) {
+rf_status rf_kv_copy_kept(rf_kv_session *s, int layer, int sequence, const int32_t *plane, int64_t plane_stride,
+                          int32_t num, rf_error *err) {
     const rf_kv_sequence *q = &s->sequences[sequence];
     const rf_text_session *stage = s->stage;
     int64_t stride = s->list_stride, heads = s->num_kv_heads, words = 3 * heads * stride + heads;
     int32_t *from = s->host_copy + (s->ahead ? layer % 2 * words : 0), *to = from + heads * stride,
             *turn = to + heads * stride, *counts = turn + heads * stride;
     bool delta = s->rule.position == RF_KV_POSITION_DELTA;
-    int32_t most = rf_kv_book_most(q->book, layer), num_received;
-    const int32_t *received = rf_kv_book_received(q->book, layer, &num_received);
+    int32_t most = rf_kv_book_most(q->book, layer);
     /* The lists of the layer before may be on their way; those of the one before it are not, as this one's mark has passed. */
     if (!s->ahead) RF_TRY(rf_kv_wait(s, err));
     for (int h = 0; h < s->num_kv_heads; h++) {
         const rf_kv_head *head = rf_kv_book_head(q->book, layer, h);
         memcpy(from + h * stride, head->position, (size_t)head->num * sizeof *from);
-        for (int32_t i = 0, row = 0; received && i < head->num; i++) { /* both ascend */
-            while (received[row] != head->position[i]) row++;
+        for (int32_t i = 0, row = 0; plane && i < head->num; i++) { /* both ascend */
+            while (plane[h * plane_stride + row] != head->position[i]) row++;
             from[h * stride + i] = row;
         }
         memcpy(to + h * stride, head->row, (size_t)head->num * sizeof *to);
@@ -208,11 +203,13 @@ static rf_status choose(rf_kv_session *s, int layer, int sequence, const int32_t
     RF_TRY(rf_kv_wait(s, err));
     double began = rf_kv_now_ms();
     rf_kv_stats stats;
+    int32_t num_received;
+    const int32_t *received = rf_kv_book_received(s->sequences[sequence].book, layer, &num_received);
     RF_TRY(rf_kv_measure_layer(s, layer, num, &stats, err));
     RF_TRY(rf_kv_book_prefill(s->sequences[sequence].book, layer, num, &stats, err));
     RF_TRY(rf_kv_mean_prompt(s, layer, sequence, num, err));
     RF_TRY(rf_kv_join_prompt(s, layer, sequence, num, err));
-    RF_TRY(copy_kept(s, layer, sequence, num, err));
+    RF_TRY(rf_kv_copy_kept(s, layer, sequence, received, 0, num, err));
     RF_TRY(rf_kv_wait(s, err));
     if (s->select) RF_TRY(rf_kv_select_prompt(s, layer, sequence, tokens, num, &stats, err));
     s->info.score_ms += rf_kv_now_ms() - began;
@@ -230,7 +227,7 @@ static rf_status choose_ahead(rf_kv_session *s, int layer, int sequence, int32_t
     RF_TRY(rf_stream_wait_mark(s->stream, MARK_MEASURED + layer % MARKS, err));
     double began = rf_kv_now_ms();
     RF_TRY(rf_kv_book_prefill(s->sequences[sequence].book, layer, num, &s->layer_stats[layer % 2], err));
-    RF_TRY(copy_kept(s, layer, sequence, num, err));
+    RF_TRY(rf_kv_copy_kept(s, layer, sequence, NULL, 0, num, err));
     if (!rf_kv_decides_late(s)) RF_TRY(rf_kv_upload_lists(s, sequence, layer, layer + 1, err));
     s->info.score_ms += rf_kv_now_ms() - began;
     return RF_OK;
@@ -272,7 +269,7 @@ static rf_status upload_chunks(rf_kv_session *s, const int32_t *tokens, int32_t 
     int32_t size = s->options.prefill_chunk, *pseudo = s->host_copy;
     rf_text_run run;
     for (int32_t begin = 0; begin < num; begin += size) {
-        chunk c = {.begin = begin, .rows = num - begin < size ? num - begin : size};
+        rf_kv_chunk c = {.begin = begin, .rows = num - begin < size ? num - begin : size};
         RF_TRY(make_run(s, &c, tokens + begin, &run, err));
     }
     if (num_pseudo(s) == 0) return RF_OK;
@@ -281,7 +278,7 @@ static rf_status upload_chunks(rf_kv_session *s, const int32_t *tokens, int32_t 
         int32_t from = num - s->extra_rows + i;
         pseudo[i] = tokens[from < 0 ? 0 : from];
     }
-    chunk c = {.begin = num, .rows = s->extra_rows, .pseudo = true};
+    rf_kv_chunk c = {.begin = num, .rows = s->extra_rows, .pseudo = true};
     return make_run(s, &c, pseudo, &run, err);
 }
 
@@ -320,7 +317,6 @@ static rf_status run_layers(rf_kv_session *s, int sequence, const int32_t *token
                             rf_error *err) {
     int32_t num = *rows, of_prompt = num;
     void *x = s->stage->b.x;
-    int32_t *control = s->stage->b.control;
     int32_t size = s->options.prefill_chunk;
     bool whole = rf_kv_wants_sentences(s, sequence); /* all rows pass the last layer */
     rf_status st = rf_kv_measure_begin(s, &s->sequences[sequence], err);
@@ -329,21 +325,20 @@ static rf_status run_layers(rf_kv_session *s, int sequence, const int32_t *token
         st = rf_kv_measure_layer_begin(s, err);
         bool last_layer = l + 1 == s->num_layers;
         for (int32_t begin = 0; st == RF_OK && begin < num; begin += size) {
-            chunk c = {.begin = begin, .rows = num - begin < size ? num - begin : size};
+            rf_kv_chunk c = {.begin = begin, .rows = num - begin < size ? num - begin : size, .position = begin};
             s->stage->b.x = chunk_x(s, &c);
             bool goes_on = !last_layer || whole || (want_head && begin + c.rows == num);
-            st = chunk_layer(s, l, &c, num, goes_on, err);
+            st = rf_kv_chunk_layer(s, l, &c, NULL, num, goes_on, err);
         }
         if (st == RF_OK && num_pseudo(s) > 0) {
-            chunk c = {.begin = num, .rows = s->extra_rows, .pseudo = true};
+            rf_kv_chunk c = {.begin = num, .rows = s->extra_rows, .pseudo = true};
             s->stage->b.x = chunk_x(s, &c);
-            st = chunk_layer(s, l, &c, num, !last_layer, err);
+            st = rf_kv_chunk_layer(s, l, &c, NULL, num, !last_layer, err);
         }
         if (st == RF_OK) st = s->ahead ? turn_over(s, l, sequence, num, err) : choose(s, l, sequence, tokens, num, err);
         if (st == RF_OK && !last_layer) st = pass_on(s, l + 1, sequence, tokens, &num, err);
     }
     s->stage->b.x = x;
-    s->stage->b.control = control;
     s->thinned = false;
     *rows = num;
     if (st == RF_OK) st = rf_kv_sentences_prompt(s, sequence, tokens, of_prompt, err);
@@ -353,16 +348,18 @@ static rf_status run_layers(rf_kv_session *s, int sequence, const int32_t *token
 rf_status rf_kv_prefill(rf_kv_session *s, int sequence, const int32_t *tokens, int32_t num, bool want_head,
                         rf_error *err) {
     rf_phase phase = rf_stream_get_phase(s->stream);
+    int32_t *control = s->stage->b.control;
     double scored = s->info.score_ms;
     rf_stream_set_phase(s->stream, RF_PHASE_PLAN); /* chunks of any length */
     s->ahead = s->overlaps && !s->probe;
     int32_t rows = num;
-    rf_status st = run_layers(s, sequence, tokens, &rows, want_head, err);
+    rf_status st = rf_kv_comes_in_blocks(s, sequence) ? rf_kv_prefill_blocks(s, sequence, tokens, num, want_head, err)
+                                                      : run_layers(s, sequence, tokens, &rows, want_head, err);
     if (st == RF_OK && want_head) {
         s->host_control[s->at.keys + (size_t)sequence] = num;
         s->host_control[s->at.steps + (size_t)sequence] = 0;
         st = rf_stream_upload(s->stream, s->control, s->host_control, s->at.words * sizeof(int32_t), err);
-        chunk last = {.begin = rows - 1};
+        rf_kv_chunk last = {.begin = rows - 1};
         if (st == RF_OK) st = rf_kv_queue_head(s, chunk_x(s, &last), sequence, 1, err);
     }
     if (st == RF_OK && s->ahead) {
@@ -373,6 +370,7 @@ rf_status rf_kv_prefill(rf_kv_session *s, int sequence, const int32_t *tokens, i
         s->info.score_wait_ms += s->info.score_ms - scored;
     }
     s->ahead = false;
+    s->stage->b.control = control;
     rf_stream_set_phase(s->stream, phase);
     return st;
 }

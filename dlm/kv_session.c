@@ -60,6 +60,15 @@ static rf_status check_options(const rf_text_model *model, rf_kv_session_options
     if (o->prefill_chunk < 0)
         return rf_fail(err, RF_ERR_ARGUMENT, "prefill chunks of %d rows, expected 0 (as 1024) or more",
                        (int)o->prefill_chunk);
+    bool external = o->rule.score == RF_KV_SCORE_ATTENTION && o->rule.queries == RF_KV_QUERIES_EXTERNAL;
+    if (external && (o->num_external < 1 || o->external == NULL))
+        return rf_fail(err, RF_ERR_ARGUMENT,
+                       "kv rule %s: its queries are those of a prompt of its own, expected at least 1 token of it",
+                       o->rule.method);
+    for (int32_t i = 0; external && i < o->num_external; i++)
+        if (o->external[i] < 0 || o->external[i] >= model->desc.vocab)
+            return rf_fail(err, RF_ERR_ARGUMENT, "external token %d is id %d, expected 0..%lld", (int)i,
+                           (int)o->external[i], (long long)model->desc.vocab - 1);
     if (o->prefill_chunk == 0) o->prefill_chunk = 1024;
     if (o->prefill_chunk > o->max_prompt) o->prefill_chunk = o->max_prompt;
     return check_rule(&o->rule, err);
@@ -246,8 +255,14 @@ static rf_status take_buffers(rf_kv_session *s, rf_arena *arena, rf_error *err) 
     size_t raw = rf_kv_keeps_unturned(s), means = s->rule.action == RF_KV_COMPENSATE;
     size_t planes = (size_t)s->stage->options.layer_planes;
     size_t chunks = ((size_t)o->max_prompt + (size_t)o->prefill_chunk - 1) / (size_t)o->prefill_chunk + 1;
-    size_t x_rows = (size_t)o->max_prompt + chunk + (extra ? extra + chunk : 0);
+    size_t x_rows = (size_t)o->max_prompt + chunk +
+                    (s->rule.block > 0 ? (size_t)rf_kv_blocks_rows(s)
+                     : extra           ? extra + chunk
+                                       : 0);
     size_t pool = batch * (size_t)s->pool_rows * dim;
+    size_t positions = s->rule.block > 0            ? (size_t)o->max_prompt + extra
+                       : rf_kv_rule_thins(&s->rule) ? (size_t)o->max_prompt
+                                                    : 0;
     size_t in_order = (ordered * units + slides * (size_t)s->num_kv_heads) * stride * dim;
     struct {
         void *slot;
@@ -279,8 +294,7 @@ static rf_status take_buffers(rf_kv_session *s, rf_arena *arena, rf_error *err) 
          3 * (size_t)s->num_kv_heads * (size_t)s->list_stride + (size_t)s->num_kv_heads, sizeof(int32_t)},
         {&s->lse, "log-sums", (size_t)s->num_q_heads * chunk, sizeof(float)},
         {&s->weights, "weights of queries", (size_t)o->max_prompt + extra, sizeof(float)},
-        {&s->received, "positions of rows that go on", rf_kv_rule_thins(&s->rule) ? (size_t)o->max_prompt : 0,
-         sizeof(int32_t)},
+        {&s->received, "positions of rows that go on", positions, sizeof(int32_t)},
         {&s->anchor, "anchors", (size_t)s->num_kv_heads * dim, sizeof(float)},
         {&s->workspace, "workspace of measurements", s->workspace_bytes, 1},
         {&s->mean_k, "mean keys", means * layers * units * dim, elem},
@@ -435,6 +449,8 @@ static rf_status create(rf_kv_session *s, bool may_use_device, bool may_overlap,
     s->overlaps = may_overlap && rf_kv_can_overlap(&s->rule);
     if (s->rule.score == RF_KV_SCORE_ATTENTION && s->rule.queries == RF_KV_QUERIES_PSEUDO)
         s->extra_rows = s->rule.pseudo;
+    if (s->rule.score == RF_KV_SCORE_ATTENTION && s->rule.queries == RF_KV_QUERIES_EXTERNAL)
+        s->extra_rows = o->num_external;
     s->default_budget = o->budget;
     o->budget = resolve_budget(&s->rule, o->budget, o->ratio, o->max_prompt);
     s->shape = (rf_kv_shape){.num_layers = s->num_layers,
@@ -487,6 +503,7 @@ static rf_status create(rf_kv_session *s, bool may_use_device, bool may_overlap,
         RF_TRY(rf_kv_select_create(s, may_use_device, err));
     for (int b = 0; b < s->batch && s->slides; b++) rf_kv_slide_start(s, b);
     RF_TRY(rf_kv_sentences_open(s, err));
+    RF_TRY(rf_kv_blocks_open(s, err));
     return s->host ? RF_OK : rf_kv_plan_steps(s, err);
 }
 
@@ -538,6 +555,8 @@ void rf_kv_session_destroy(rf_kv_session *s) {
     }
     rf_free(s->sequences);
     rf_free(s->prompt_positions);
+    rf_free(s->external);
+    rf_free(s->plane_positions);
     rf_free(s->host_k);
     rf_free(s->host_v);
     rf_free(s->gate_values);

@@ -36,6 +36,9 @@ typedef struct {
     rf_dtype residual_dtype;
     bool use_graphs, tune_gemm;
     const char *gemm_tuning;
+    /* Rules with queries=external: tokens of the prompt whose queries score each block of a context (EpiCache: an episode's), copied. */
+    const int32_t *external;
+    int32_t num_external;
     const char *calibration; /* file of a rule's tables or gates, or NULL: the model folder's */
 } rf_kv_session_options;
 rf_kv_session_options rf_kv_session_options_default(void);

@@ -324,7 +324,7 @@ rf_status rf_kv_book_reset(rf_kv_book *book, int32_t budget, rf_error *err) {
         }
     }
     book->layers_done = 0;
-    book->num_prompt = book->seen = book->num_received = 0;
+    book->num_prompt = book->seen = book->num_received = book->blocks_end = 0;
     book->last_position = -1;
     book->info = (rf_kv_book_info){0};
     return RF_OK;
@@ -793,6 +793,69 @@ rf_status rf_kv_book_prefill(rf_kv_book *book, int layer, int32_t num_tokens, co
     book->info.seen += (int64_t)book->num_prompt * heads;
     book->info.evictions += (int64_t)(book->num_prompt - num_tokens) * heads;
     book->info.plan_ms += now_ms() - begin;
+    return RF_OK;
+}
+
+/* The block's tokens behind the slots of each head, without rows yet. */
+static rf_status join_block(rf_kv_book *book, int layer, int32_t begin, int32_t num, rf_error *err) {
+    for (int h = 0; h < book->shape.num_kv_heads; h++) {
+        rf_kv_head *head = rf_kv_head_of(book, layer, h);
+        RF_TRY(reserve(book, layer * book->shape.num_kv_heads + h, head->num + num, err));
+        for (int32_t i = 0; i < num; i++, head->num++) {
+            head->row[head->num] = -1;
+            head->position[head->num] = begin + i;
+            head->score[head->num] = 0;
+        }
+        book->info.kept += num;
+    }
+    return RF_OK;
+}
+
+static rf_status cut_block(rf_kv_book *book, int layer, int32_t num, const rf_kv_stats *stats, rf_error *err) {
+    const rf_kv_rule *rule = &book->rule;
+    RF_TRY(rf_kv_scratch(book, num, err));
+    RF_TRY(rf_kv_prefill_scores(rule, &book->shape, layer, num, book->budget, stats, book->scores, book->work, err));
+    for (int h = 0; h < book->shape.num_kv_heads; h++) {
+        int32_t front, back, budget = book->head_budget[(int64_t)layer * book->shape.num_kv_heads + h];
+        rf_kv_protected(rule, min32(budget, book->budget), &front, &back);
+        int32_t count = rf_kv_choose(book->keep, book->scores + (int64_t)h * num, num, budget, front, back);
+        rf_kv_cut(book, layer, h, book->keep, count);
+    }
+    return RF_OK;
+}
+
+rf_status rf_kv_book_prefill_block(rf_kv_book *book, int layer, int32_t begin, int32_t num, int32_t num_tokens,
+                                   const rf_kv_stats *stats, rf_error *err) {
+    double since = now_ms();
+    int heads = book->shape.num_kv_heads;
+    if (book->rule.block <= 0 || book->keeps_all || book->budget == 0)
+        return rf_fail(err, RF_ERR_STATE, "kv book: a rule with block and a budget is wanted for blocks of a prompt");
+    if (layer != book->layers_done || layer >= book->shape.num_layers || begin != book->blocks_end || num < 1 ||
+        begin > num_tokens - num || num_tokens > book->shape.max_prompt ||
+        (layer + begin > 0 && num_tokens != book->num_prompt))
+        return rf_fail(err, RF_ERR_STATE,
+                       "kv book: a prompt's layers and a layer's blocks come in order: wanted layer %d of %d at token "
+                       "%d, found layer %d, tokens %d + %d of %d",
+                       book->layers_done, book->shape.num_layers, book->blocks_end, layer, begin, num, num_tokens);
+    book->num_prompt = book->seen = num_tokens;
+    book->last_position = num_tokens - 1;
+    if (begin == 0) RF_TRY(plan_layer(book, layer, num_tokens, err));
+    RF_TRY(join_block(book, layer, begin, num, err));
+    int32_t slots = rf_kv_head_of(book, layer, 0)->num;
+    if (slots > book->head_budget[(int64_t)layer * heads]) {
+        if (stats == NULL || stats->num_keys != slots || stats->stride < slots)
+            return rf_fail(err, RF_ERR_SHAPE, "kv book: layer %d: statistics of %d slots are wanted behind token %d",
+                           layer, slots, begin + num);
+        RF_TRY(cut_block(book, layer, slots, stats, err));
+    }
+    for (int h = 0; h < heads; h++) RF_TRY(give_rows(book, rf_kv_head_of(book, layer, h), err));
+    book->blocks_end = begin + num;
+    if (book->blocks_end == num_tokens) {
+        book->blocks_end = 0;
+        book->layers_done++;
+    }
+    book->info.seen += (int64_t)num * heads;
+    book->info.plan_ms += now_ms() - since;
     return RF_OK;
 }
 

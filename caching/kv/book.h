@@ -51,6 +51,7 @@ struct rf_kv_book {
     int32_t num_prompt, seen, last_position;
     int tsp_layer;        /* the last layer that receives all tokens */
     int32_t *received;    /* [max_prompt] what later ones receive, with tsp_share */
+    int32_t blocks_end;   /* tokens of the prompt that the layer at hand has seen, with block */
     int32_t num_received; /* 0: all */
     /* scratch, for n keys */
     int64_t scratch_keys;

@@ -46,6 +46,7 @@ typedef enum {                        /* whose attention, of RF_KV_SCORE_ATTENTI
                RF_KV_QUERIES_DRAFTED, /* `drafts` tokens decoded on a compressed copy, and with_window the last `drafts` of the prompt (LAQ, LAQ++) */
                RF_KV_QUERIES_PSEUDO, /* `pseudo` tokens after the prompt, thrown away (DapQ) */
                RF_KV_QUERIES_PROBES, /* the last probe_recent and a random probe_random part of the prompt (ZipCache) */
+               RF_KV_QUERIES_EXTERNAL, /* a prompt of its own behind each block, thrown away (EpiCache) */
                RF_KV_QUERIES_COUNT
 } rf_kv_queries;
 
@@ -141,6 +142,7 @@ typedef struct {
     int32_t window;         /* rows; queries=window: protected too unless open_window */
     bool open_window;
     bool last;           /* the newest token */
+    int32_t block;       /* EpiCache, KeyDiff: tokens of a prompt between two choices; 0: one choice behind all */
     int32_t tsp_layer;   /* FastKV: behind this layer fewer tokens go on; -1: half of the layers less one */
     double tsp_share;    /* so many of the prompt, and the window; 0 and 1: all */
     int32_t skip_layers; /* so many first layers keep everything (Knorm in one release) or a uniform budget (alloc) */
@@ -275,6 +277,11 @@ rf_status rf_kv_book_reset(rf_kv_book *book, int32_t budget, rf_error *err);
  * nothing is needed. num_tokens: of a layer that receives fewer tokens (rf_kv_book_received) so many; its statistics are then of those, in
  * order, and positions of slots remain those of the prompt. */
 rf_status rf_kv_book_prefill(rf_kv_book *book, int layer, int32_t num_tokens, const rf_kv_stats *stats, rf_error *err);
+/* rule.block: positions begin..begin + num - 1 of a prompt of num_tokens join a layer's slots, which all heads have as many of, and what is
+ * over the budget goes, by statistics of the slots in order (NULL where nothing can go): stats->num_keys = slots of a head, num among
+ * them. Layers in order, a layer's blocks in order. Slots have rows at once. For a prompt within the budget: rf_kv_book_prefill. */
+rf_status rf_kv_book_prefill_block(rf_kv_book *book, int layer, int32_t begin, int32_t num, int32_t num_tokens,
+                                   const rf_kv_stats *stats, rf_error *err);
 /* Positions, ascending, of the tokens of the prompt that a layer receives: known behind the layer before. NULL: all. */
 const int32_t *rf_kv_book_received(const rf_kv_book *book, int layer, int32_t *num);
 /* The next token's slot in every layer and head: appended at its end. RF_ERR_STATE: pool exhausted. */

@@ -81,7 +81,7 @@ static const row rows[] = {
     {{"fastkv", "snapkv; later layers see a part of the prompt alone", "FastKV, arXiv 2502.01068"},
      WINDOW_OF(8) ",reduce=sum,pool=max,pool_size=7,group=sum,tsp_share=0.2"},
     {{"epicache", "the most attention of an episode's prompt, block by block", "EpiCache, arXiv 2509.17396"},
-     WINDOW_OF(32) ",reduce=max,group=max,alloc=table"},
+     "score=attention,queries=external,reduce=max,group=max,sinks=4,block=2048"},
     {{"trimkv", "learned retention", "TRIM-KV, arXiv 2512.03324"}, "score=gate,schedule=high,buffer=128"},
     {{"global-retention", "learned retention, one budget for all layers and heads", "Make Each Token Count"},
      "score=gate,schedule=high,buffer=32,alloc=flat-all"},

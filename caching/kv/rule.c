@@ -33,7 +33,7 @@ static const key keys[] = {
     CHOICE("score", score, "attention",
            "none position ladder random attention knorm keydiff expected gate recurrence tree",
            "what makes a token worth keeping"),
-    CHOICE("queries", queries, "window", "all window last drafted pseudo probes", "whose attention"),
+    CHOICE("queries", queries, "window", "all window last drafted pseudo probes external", "whose attention"),
     CHOICE("reduce", reduce, "mean", "sum mean decay max meanvar visible", "over those queries"),
     CHOICE("pool", pool, "none", "none avg max", "over neighbours"),
     INT("pool_size", pool_size, "5", 1, 63, "of pool; odd"),
@@ -53,6 +53,7 @@ static const key keys[] = {
     INT("window", window, "32", 1, 1048576, "queries of the window"),
     FLAG("open_window", open_window, "the window's own tokens may go"),
     FLAG("last", last, "the newest token always stays"),
+    INT("block", block, "0", 0, 1048576, "tokens of a prompt between two choices; 0: one behind all"),
     INT("tsp_layer", tsp_layer, "-1", -1, 1023, "the last layer that all tokens pass; -1: half of them less one"),
     REAL("tsp_share", tsp_share, "0", 0, 1, "part of the prompt that later layers see, beside the window; 0, 1: all"),
     INT("skip_layers", skip_layers, "0", 0, 1024, "first layers that are left alone"),
@@ -359,6 +360,23 @@ static rf_status check_likeness(const rf_kv_rule *r, rf_error *err) {
     return RF_OK;
 }
 
+static rf_status check_blocks(const rf_kv_rule *r, rf_error *err) {
+    bool of_keys = r->score == RF_KV_SCORE_KNORM || r->score == RF_KV_SCORE_KEYDIFF;
+    bool attention =
+        r->score == RF_KV_SCORE_ATTENTION && (r->queries == RF_KV_QUERIES_EXTERNAL ||
+                                              r->queries == RF_KV_QUERIES_WINDOW || r->queries == RF_KV_QUERIES_LAST);
+    if (r->block == 0) return missing(r, "queries=external wants block=TOKENS", err);
+    if (!of_keys && !attention)
+        return missing(r, "block wants score=knorm, keydiff or attention of queries=external, window or last", err);
+    if (r->schedule != RF_KV_AT_PREFILL || r->action != RF_KV_DROP || r->position != RF_KV_POSITION_ORIGINAL ||
+        (r->alloc != RF_KV_ALLOC_UNIFORM && r->alloc != RF_KV_ALLOC_TABLE) || r->crush_share > 0 || rf_kv_rule_thins(r))
+        return missing(r,
+                       "block goes with schedule=prefill,action=drop,position=original,alloc=uniform or table and "
+                       "without tsp_share and crushing",
+                       err);
+    return RF_OK;
+}
+
 static rf_status check_select(const rf_kv_rule *r, rf_error *err) {
     if (r->position != RF_KV_POSITION_ORIGINAL)
         return missing(r, "action=select reads keys as they are turned: position=original", err);
@@ -378,7 +396,7 @@ static rf_status check_select(const rf_kv_rule *r, rf_error *err) {
 
 rf_status rf_kv_rule_check(const rf_kv_rule *r, rf_error *err) {
     bool attention = r->score == RF_KV_SCORE_ATTENTION, learned = r->score == RF_KV_SCORE_GATE;
-    if (strcmp(r->method, "epicache") == 0) return missing(r, "caches of episodes are not implemented yet", err);
+    if (r->block > 0 || (attention && r->queries == RF_KV_QUERIES_EXTERNAL)) RF_TRY(check_blocks(r, err));
     if (strcmp(r->method, "attention-gate") == 0)
         return missing(r, "flags before attention change the prompt's own computation: not offered", err);
     if (rf_kv_rule_thins(r) && (!attention || r->queries != RF_KV_QUERIES_WINDOW || r->schedule != RF_KV_AT_PREFILL ||

@@ -10,7 +10,18 @@
 #include "dlm/kv_internal.h"
 #include "tests/test_util.h"
 
-enum { LAYERS = 3, HIDDEN = 64, VOCAB = 300, Q_HEADS = 4, KV_HEADS = 2, GROUP = 2, MOST = 160, MAX_DIM = 32, DOT = 7 };
+enum {
+    LAYERS = 3,
+    HIDDEN = 64,
+    VOCAB = 300,
+    Q_HEADS = 4,
+    KV_HEADS = 2,
+    GROUP = 2,
+    MOST = 160,
+    MAX_DIM = 32,
+    DOT = 7,
+    ASK = 6
+};
 
 typedef struct {
     rf_backend *backend;
@@ -113,7 +124,7 @@ static const struct {
     {"text-llama", "none", false},    {"text-qwen3", "none", false},    {"text-qwen2", "snapkv", false},
     {"text-llama", "snapkv", false},  {"text-llama", "h2o", false},     {"text-llama", "h2o", true},
     {"text-llama", "tova", true},     {"text-llama", "cake", false},    {"text-llama", "adakv", false},
-    {"text-llama", "keydiff", false}, {"text-llama", "obcache", false},
+    {"text-llama", "keydiff", false}, {"text-llama", "obcache", false}, {"text-llama", "epicache", false},
 };
 
 START_TEST(a_full_budget_is_the_plain_cache) {
@@ -125,6 +136,8 @@ START_TEST(a_full_budget_is_the_plain_cache) {
     run_plain(&f, prompt, LEN, NUM, logits, want);
     rf_kv_rule rule = rule_of(&f, full_cases[_i].rule);
     rf_kv_session_options o = options_of(&rule, 0, 1, LEN + 2, NUM);
+    o.external = prompt;
+    o.num_external = 5;
     rf_kv_session *s = open_session(&f, &o, full_cases[_i].on_device);
     rf_assert_ok(rf_kv_session_prefill(s, 0, prompt, LEN, 0, 0, 0.0, &f.err), f.err);
     for (int32_t i = 0; i < NUM; i++) {
@@ -176,7 +189,7 @@ END_TEST
 
 /* --- the plain statement -------------------------------------------------------------------------------------------------- */
 
-typedef enum { SNAP, ALL_SUM, LAST, SINKS, SKIP } plain_kind;
+typedef enum { SNAP, ALL_SUM, LAST, SINKS, SKIP, BLOCKS } plain_kind;
 
 typedef struct {
     int num;
@@ -328,7 +341,7 @@ static void drop_slot(plain_slots *s, int j) {
 
 /* Slots protected in front and at the end. */
 static void plain_protected(const plain *p, int *front, int *back) {
-    *front = p->kind == SINKS ? p->rule->sinks : 0;
+    *front = p->kind == SINKS || p->kind == BLOCKS ? p->rule->sinks : 0;
     *back = p->kind == SNAP      ? p->rule->window
             : p->kind == SKIP    ? p->rule->window
             : p->kind == ALL_SUM ? p->budget / 2
@@ -449,6 +462,64 @@ static void plain_prompt(plain *p, const int32_t *tokens) {
     for (int i = p->kind == SKIP ? 0 : n - 1; i < n; i++) plain_head(p, p->x[i], ids[i]);
 }
 
+/* One row of a layer: its keys join `extra` positions behind each head's slots, of which it sees all; probabilities by query head. */
+static void plain_row(plain *p, int l, double *x, int position, int extra, double prob[Q_HEADS][MOST]) {
+    static double keys[MOST][MAX_DIM];
+    double q[Q_HEADS][MAX_DIM], attn[Q_HEADS * MAX_DIM];
+    plain_qkv(p, l, position, x, q);
+    for (int h = 0; h < Q_HEADS; h++) {
+        const plain_slots *s = &p->slots[l][h / GROUP];
+        int ids[MOST], n = s->num;
+        double turned[MAX_DIM];
+        memcpy(ids, s->id, (size_t)n * sizeof *ids);
+        for (int i = 0; i < extra; i++) ids[n++] = position + 1 - extra + i;
+        for (int j = 0; j < n; j++) plain_turn(p, keys[j], p->k[l][h / GROUP][ids[j]], ids[j]);
+        plain_turn(p, turned, q[h], position);
+        plain_attend(p, turned, keys, (const double(*)[MAX_DIM])p->v[l][h / GROUP], ids, n, prob[h], attn + h * p->dim);
+    }
+    plain_rest(p, l, x, attn);
+}
+
+/* EpiCache: behind each block, tokens `ask` say what stays. KeyDiff in blocks: the keys do. */
+static void plain_blocks(plain *p, const int32_t *tokens, const int32_t *ask) {
+    static double asked[MOST][ASK][HIDDEN], prob[Q_HEADS][MOST];
+    const float *table = p->m->embedding;
+    int size = p->rule->block;
+    for (int i = 0; i < p->len; i++)
+        for (int c = 0; c < HIDDEN; c++) p->x[i][c] = (double)table[tokens[i] * HIDDEN + c];
+    for (int b = 0; b * size < p->len; b++)
+        for (int i = 0; i < ASK; i++)
+            for (int c = 0; c < HIDDEN; c++) asked[b][i][c] = (double)table[ask[i] * HIDDEN + c];
+    for (int l = 0; l < LAYERS; l++) {
+        for (int b = 0; b * size < p->len; b++) {
+            int begin = b * size, rows = p->len - begin < size ? p->len - begin : size;
+            double score[KV_HEADS][MOST] = {{0}};
+            for (int i = 0; i < rows; i++) plain_row(p, l, p->x[begin + i], begin + i, i + 1, prob);
+            for (int i = 0; i < ASK && p->rule->score == RF_KV_SCORE_ATTENTION; i++) {
+                plain_row(p, l, asked[b][i], begin + rows + i, rows + i + 1, prob);
+                for (int h = 0; h < Q_HEADS; h++)
+                    for (int j = 0; j < p->slots[l][h / GROUP].num + rows; j++)
+                        score[h / GROUP][j] = fmax(score[h / GROUP][j], prob[h][j]);
+            }
+            for (int h = 0; h < KV_HEADS; h++) {
+                plain_slots *s = &p->slots[l][h];
+                for (int i = 0; i < rows; i++) s->id[s->num++] = begin + i;
+                double mean[MAX_DIM] = {0};
+                for (int pass = 0; pass < 2 && p->rule->score == RF_KV_SCORE_KEYDIFF; pass++)
+                    for (int j = 0; j < s->num; j++) {
+                        double key[MAX_DIM];
+                        plain_turn(p, key, p->k[l][h][s->id[j]], s->id[j]);
+                        double norm = sqrt(plain_dot(key, key, p->dim));
+                        for (int c = 0; c < p->dim && pass == 0; c++) mean[c] += key[c] / norm;
+                        if (pass) score[h][j] = -plain_dot(key, mean, p->dim) / norm;
+                    }
+                plain_evict(p, s, score[h]);
+            }
+        }
+    }
+    plain_head(p, p->x[p->len - 1], p->len - 1);
+}
+
 static void plain_step(plain *p, int32_t token, int position) {
     static double keys[MOST][MAX_DIM], prob[Q_HEADS][MOST];
     double x[HIDDEN], q[Q_HEADS][MAX_DIM], attn[Q_HEADS * MAX_DIM];
@@ -479,7 +550,7 @@ static void plain_step(plain *p, int32_t token, int position) {
             }
         }
         for (int h = 0; h < KV_HEADS && p->kind == SKIP; h++) plain_skip_step(p, l, h, position, prob);
-        for (int h = 0; h < KV_HEADS && p->kind != SNAP && p->kind != SKIP; h++) {
+        for (int h = 0; h < KV_HEADS && p->kind != SNAP && p->kind != SKIP && p->kind != BLOCKS; h++) {
             plain_slots *s = &p->slots[l][h];
             double score[MOST] = {0};
             int from = p->kind == LAST ? 0 : h * GROUP, to = p->kind == LAST ? Q_HEADS : from + GROUP;
@@ -501,13 +572,23 @@ static const struct {
     rf_kv_position position;
     bool on_device;
 } plain_cases[] = {
-    {SNAP, "snapkv", RF_KV_POSITION_ORIGINAL, false},     {SNAP, "snapkv", RF_KV_POSITION_CACHE, false},
-    {SNAP, "snapkv", RF_KV_POSITION_DELTA, false},        {ALL_SUM, "h2o", RF_KV_POSITION_ORIGINAL, false},
-    {ALL_SUM, "h2o", RF_KV_POSITION_ORIGINAL, true},      {LAST, "tova", RF_KV_POSITION_ORIGINAL, false},
-    {LAST, "tova", RF_KV_POSITION_ORIGINAL, true},        {SINKS, "streaming", RF_KV_POSITION_CACHE, false},
-    {SINKS, "streaming", RF_KV_POSITION_ORIGINAL, false}, {SINKS, "streaming", RF_KV_POSITION_ORIGINAL, true},
+    {SNAP, "snapkv", RF_KV_POSITION_ORIGINAL, false},
+    {SNAP, "snapkv", RF_KV_POSITION_CACHE, false},
+    {SNAP, "snapkv", RF_KV_POSITION_DELTA, false},
+    {ALL_SUM, "h2o", RF_KV_POSITION_ORIGINAL, false},
+    {ALL_SUM, "h2o", RF_KV_POSITION_ORIGINAL, true},
+    {LAST, "tova", RF_KV_POSITION_ORIGINAL, false},
+    {LAST, "tova", RF_KV_POSITION_ORIGINAL, true},
+    {SINKS, "streaming", RF_KV_POSITION_CACHE, false},
+    {SINKS, "streaming", RF_KV_POSITION_ORIGINAL, false},
+    {SINKS, "streaming", RF_KV_POSITION_ORIGINAL, true},
     {SINKS, "streaming", RF_KV_POSITION_CACHE, true},
-    {SKIP, "skipkv", RF_KV_POSITION_ORIGINAL, false},     {SKIP, "skipkv:redundancy=0.9", RF_KV_POSITION_ORIGINAL, false},
+    {BLOCKS, "epicache:block=20,sinks=2", RF_KV_POSITION_ORIGINAL, false},
+    {BLOCKS, "epicache:block=7,sinks=0", RF_KV_POSITION_ORIGINAL, false},
+    {BLOCKS, "epicache:block=64", RF_KV_POSITION_ORIGINAL, false}, /* one */
+    {BLOCKS, "keydiff:block=9", RF_KV_POSITION_ORIGINAL, false},
+    {SKIP, "skipkv", RF_KV_POSITION_ORIGINAL, false},
+    {SKIP, "skipkv:redundancy=0.9", RF_KV_POSITION_ORIGINAL, false},
     {SNAP, "fastkv:tsp_layer=0,tsp_share=0.6", RF_KV_POSITION_ORIGINAL, false},
     {SNAP, "fastkv:tsp_layer=1,tsp_share=0.5", RF_KV_POSITION_ORIGINAL, false},
     {SNAP, "fastkv:tsp_layer=0,tsp_share=0.2", RF_KV_POSITION_ORIGINAL, false}, /* all that goes on stays */
@@ -532,6 +613,8 @@ static rf_kv_rule plain_rule(fixture *f, int i) {
     } else if (plain_cases[i].kind == LAST) {
         r.sinks = r.recents = 0;
         r.last = false;
+    } else if (plain_cases[i].kind == BLOCKS) {
+        return r;
     } else if (plain_cases[i].kind == SKIP) {
         r.window = 4;
         r.every = 6;
@@ -548,8 +631,9 @@ START_TEST(what_stays_and_what_follows_are_those_of_the_rule) {
     enum { LEN = 50, NUM = 25, BUDGET = 24 };
     fixture f = open_model("text-llama");
     rf_kv_rule rule = plain_rule(&f, _i);
-    int32_t prompt[LEN], got[LEN + NUM], num;
+    int32_t prompt[LEN], got[LEN + NUM], num, ask[ASK];
     draw_tokens(prompt, LEN, 3);
+    draw_tokens(ask, ASK, 31);
     for (int32_t i = 0; i < LEN && plain_cases[_i].kind == SKIP; i++)
         if (i % 7 == 2 || i % 7 == 5) prompt[i] = DOT;
     plain *p = rf_alloc_zero(1, sizeof *p);
@@ -561,9 +645,14 @@ START_TEST(what_stays_and_what_follows_are_those_of_the_rule) {
     p->len = LEN;
     p->dim = (int)f.model->desc.head_dim;
     rf_kv_session_options o = options_of(&rule, BUDGET, 1, LEN, NUM);
+    o.external = ask;
+    o.num_external = ASK;
     rf_kv_session *s = open_session(&f, &o, plain_cases[_i].on_device);
     rf_assert_ok(rf_kv_session_prefill(s, 0, prompt, LEN, 0, 0, 0.0, &f.err), f.err);
-    plain_prompt(p, prompt);
+    if (p->kind == BLOCKS)
+        plain_blocks(p, prompt, ask);
+    else
+        plain_prompt(p, prompt);
     for (int32_t i = 0; i < NUM; i++) {
         for (int l = 0; l < LAYERS; l++)
             for (int h = 0; h < KV_HEADS; h++) {
@@ -606,10 +695,17 @@ END_TEST
 static const struct {
     const char *name;
     bool on_device;
-} batch_cases[] = {{"snapkv", false},    {"h2o", false},      {"h2o", true},  {"adakv", false},
-                   {"streaming", false}, {"streaming", true}, {"cake", false},
+} batch_cases[] = {{"snapkv", false},
+                   {"h2o", false},
+                   {"h2o", true},
+                   {"adakv", false},
+                   {"streaming", false},
+                   {"streaming", true},
+                   {"cake", false},
                    {"skipkv:window=4,every=5,delimiter1=7,sentence_threshold=0.3", false},
                    {"fastkv:tsp_share=0.9", false},
+                   {"epicache:block=16", false},
+                   {"keydiff:block=11", false},
                    {"fastkv", false}};
 
 /* Prompts of three lengths, each with its own budget; the second rests now and then. */
@@ -618,8 +714,11 @@ START_TEST(a_batch_is_its_sequences) {
     static const int32_t lens[BATCH] = {41, 60, 27}, budgets[BATCH] = {36, 40, 38};
     fixture f = open_model("text-llama");
     rf_kv_rule rule = rule_of(&f, batch_cases[_i].name);
-    int32_t prompts[BATCH][LEN], next[BATCH], got[LEN + NUM], want[LEN + NUM], num, want_num;
+    int32_t prompts[BATCH][LEN], next[BATCH], got[LEN + NUM], want[LEN + NUM], num, want_num, ask[ASK];
     rf_kv_session_options o = options_of(&rule, BUDGET, 1, LEN, NUM);
+    draw_tokens(ask, ASK, 32);
+    o.external = ask;
+    o.num_external = ASK;
     rf_kv_session *single[BATCH];
     o.batch = BATCH;
     rf_kv_session *all = open_session(&f, &o, batch_cases[_i].on_device);
@@ -955,6 +1054,14 @@ START_TEST(wrong_calls_are_refused_in_one_line) {
     tokens[0] = tokens[1] = -1;
     rf_assert_fails(rf_kv_session_step(s, tokens, &f.err), f.err, RF_ERR_ARGUMENT, "no sequence");
     rf_kv_session_destroy(s);
+
+    rf_kv_rule episode = rule_of(&f, "epicache");
+    o = options_of(&episode, 16, 1, 32, 4);
+    rf_assert_fails(rf_kv_session_create(&s, f.model, &o, &f.err), f.err, RF_ERR_ARGUMENT, "prompt of its own");
+    o.external = prompt;
+    o.num_external = 4;
+    prompt[3] = -1;
+    rf_assert_fails(rf_kv_session_create(&s, f.model, &o, &f.err), f.err, RF_ERR_ARGUMENT, "external token 3");
 
     rule.action = RF_KV_SELECT;
     rule.position = RF_KV_POSITION_CACHE;
