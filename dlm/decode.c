@@ -153,6 +153,8 @@ static rf_status create_budget(rf_decoder *d, const rf_decode_options *o, rf_err
     so.rule = d->kv_rule = *o->kv;
     so.budget = o->kv_budget;
     so.ratio = o->kv_ratio;
+    so.external = o->kv_external;
+    so.num_external = o->num_kv_external;
     so.max_prompt = d->capacity < positions ? d->capacity : (int32_t)positions;
     so.max_new = o->kv_context > 0 ? d->capacity : o->max_new;
     so.prefill_chunk = o->prefill_chunk > 0 ? o->prefill_chunk : so.max_prompt;

@@ -90,6 +90,10 @@ typedef struct {
      * was made with 0 has no room for such a rest. */
     int32_t kv_context;
 
+    const int32_t
+        *kv_external; /* rules with queries=external: the prompt that asks; borrowed while the decoder is made */
+    int32_t num_kv_external;
+
     int32_t prefill_chunk; /* rows of a prefill pass; 0 = all */
     bool use_graphs, tune_gemm;
     const char *gemm_tuning;

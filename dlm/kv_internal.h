@@ -1,7 +1,8 @@
 /* dlm/kv_internal.h - what the files of the budgeted executor share. Internal to dlm/.
  *
  * kv_session.c plans a session, takes prompts and reads results; kv_prefill.c runs a prompt layer by layer; kv_measure.c
- * makes what a rule wants to know; kv_step.c runs tokens behind it; kv_select.c lets their attention read a few of all slots;
+ * makes what a rule wants to know; kv_blocks.c runs a prompt in blocks, kv_sentences.c cuts sequences into sentences;
+ * kv_step.c runs tokens behind it; kv_select.c lets their attention read a few of all slots;
  * kv_slide.c keeps positions of a cache whose ends alone stay.
  * Units u = sequence * Hkv + key head: a layer's lists stand in that order. */
 #ifndef RF_DLM_KV_INTERNAL_H

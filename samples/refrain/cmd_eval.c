@@ -83,6 +83,7 @@ static args_result read_args(eval_args *a, const char **tasks, int argc, char **
         arg_string("guide", 0, "MODEL", "autoregressive, of commit guided", &a->guide),
         arg_flag("no-agreement", 0, "do not decode uncached to compare with", &a->no_agreement),
         KV_LIST_ROWS(&a->kv, KV_RATIOS),
+        KV_EPISODE_ROW(&a->kv),
         arg_flag("aware", 0, "compress with the question alone (default: both ways)", &a->aware),
         arg_flag("agnostic", 0, "compress before the question alone", &a->agnostic),
     };
@@ -174,6 +175,7 @@ static rf_status open_run(eval_run *run, rf_error *err) {
     const char *model = !a->model && run->kv.num > 0 ? KV_DEFAULT_MODEL : a->model;
     RF_TRY(open_text_model(&run->text, model, NULL, 0, a->device, (int)a->threads, a->dtype, &run->log, err));
     if (run->kv.num > 0) RF_TRY(kv_check_model(&run->text, "--kv-policy", err));
+    RF_TRY(kv_settings_encode(&run->kv, &a->kv, &run->text, err));
     if (!run->text.tokenizer)
         return rf_fail(err, RF_ERR_MISSING, "%s: no tokenizer.json; tasks are texts", run->text.path);
     if (a->guide && text_is_causal(&run->text))

@@ -44,6 +44,7 @@ static args_result read_args(text_args *a, int argc, char **argv) {
         arg_strings("cache-option", 0, "K=V,...", "its options: refrain policies NAME", &a->cache.options),
         arg_flag("force", 0, "use a policy that does not fit", &a->cache.force),
         KV_ARG_ROWS(&a->kv),
+        KV_EPISODE_ROW(&a->kv),
         arg_string("kv-map", 0, "FILE.png", "a picture of what the policy keeps", &a->kv_map),
     };
     const arg_option late[] = {
@@ -94,6 +95,7 @@ static rf_status open_model(text_run *run, rf_error *err) {
     const char *model = !a->model && !a->synthetic && run->kv.num > 0 ? KV_DEFAULT_MODEL : a->model;
     RF_TRY(open_text_model(&run->text, model, a->synthetic, 0, a->device, (int)a->threads, a->dtype, &run->log, err));
     if (run->kv.num > 0) RF_TRY(kv_check_model(&run->text, "--kv-policy", err));
+    RF_TRY(kv_settings_encode(&run->kv, &a->kv, &run->text, err));
     if (a->tune && rf_backend_get_kind(run->text.backend) != RF_BACKEND_CUDA)
         return rf_fail(err, RF_ERR_ARGUMENT, "--tune chooses CUDA GEMM algorithms; the device is %s",
                        rf_backend_name(run->text.backend));

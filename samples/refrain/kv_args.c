@@ -18,6 +18,7 @@ bool kv_args_given(const kv_args *a) {
 void kv_settings_free(kv_settings *s) {
     for (int i = 0; i < s->num; i++) rf_free(s->items[i].name);
     rf_free(s->items);
+    rf_token_ids_clear(&s->episode);
     *s = (kv_settings){0};
 }
 
@@ -49,6 +50,23 @@ void kv_apply(const kv_setting *s, rf_decode_options *o) {
     /* 0: a selecting rule's own size */
     o->kv_ratio = s->budget > 0 ? 0 : sized ? s->ratio : s->rule.action == RF_KV_SELECT ? 0 : 1;
     o->kv_context = 0;
+    o->kv_external = s->episode ? s->episode->ids : NULL;
+    o->num_kv_external = s->episode ? (int32_t)s->episode->num : 0;
+}
+
+rf_status kv_settings_encode(kv_settings *s, const kv_args *a, const opened_text *text, rf_error *err) {
+    const kv_setting *asks = NULL;
+    for (int i = 0; i < s->num && !asks; i++) {
+        const rf_kv_rule *r = &s->items[i].rule;
+        if (r->score == RF_KV_SCORE_ATTENTION && r->queries == RF_KV_QUERIES_EXTERNAL) asks = &s->items[i];
+    }
+    if (asks && !a->episode)
+        return rf_fail(err, RF_ERR_ARGUMENT, "--kv-policy %s: wants a text that asks, --kv-episode TEXT", asks->name);
+    if (!a->episode) return RF_OK;
+    if (!asks) return rf_fail(err, RF_ERR_ARGUMENT, "--kv-episode: no policy asks it (queries=external, epicache)");
+    RF_TRY(text_encode(text, a->episode, strlen(a->episode), false, "--kv-episode", &s->episode, err));
+    for (int i = 0; i < s->num; i++) s->items[i].episode = &s->episode;
+    return RF_OK;
 }
 
 kv_numbers kv_numbers_of(const rf_decode_result *r) {

@@ -15,6 +15,7 @@
 typedef struct {
     arg_list policies, options;
     const char *budgets, *ratios; /* numbers with commas between; NULL = not given */
+    const char *episode;          /* text whose queries score a rule of queries=external, or NULL */
     const char *flag;             /* that policies come from, for messages; NULL = --kv-policy */
 } kv_args;
 
@@ -24,6 +25,8 @@ typedef struct {
         arg_string("kv-budget", 0, "N", "of that: tokens a layer and key head", &(k)->budgets),                        \
         arg_string("kv-ratio", 0, "R", "or so much of the prompt, up to 1", &(k)->ratios),                             \
         arg_strings("kv-option", 0, "K=V,...", "of that; keys: refrain policies", &(k)->options)
+#define KV_EPISODE_ROW(k)                                                                                              \
+    arg_string("kv-episode", 0, "TEXT", "what queries=external asks of a prompt (epicache)", &(k)->episode)
 #define KV_LIST_ROWS(k, usual)                                                                                         \
     arg_strings("kv-policy", 0, "SPEC,...", "what an autoregressive cache keeps", &(k)->policies),                     \
         arg_string("kv-budget", 0, "N,...", "of that: tokens a layer and key head", &(k)->budgets),                    \
@@ -37,11 +40,13 @@ typedef struct kv_setting {
     int32_t budget; /* 0 = by ratio */
     double ratio;   /* 0 = by budget */
     bool agnostic;  /* the part of the prompt before its question is compressed without it */
+    const rf_token_ids *episode; /* the settings' */
 } kv_setting;
 
 typedef struct {
     kv_setting *items;
     int num, room;
+    rf_token_ids episode;
 } kv_settings; /* zero = empty */
 
 enum { KV_AWARE = 1, KV_AGNOSTIC = 2 };
@@ -52,6 +57,8 @@ bool kv_args_given(const kv_args *args);
 rf_status kv_settings_make(kv_settings *out, const kv_args *args, unsigned ways, const char *default_ratios,
                            rf_error *err);
 void kv_settings_free(kv_settings *settings);
+/* The episode's text to tokens, for all settings: given and wanted by a rule, or neither. RF_ERR_ARGUMENT. */
+rf_status kv_settings_encode(kv_settings *settings, const kv_args *args, const opened_text *text, rf_error *err);
 
 bool kv_is_none(const kv_setting *setting);
 /* "0.5", "128 tokens", "all". */

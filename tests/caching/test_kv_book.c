@@ -1134,6 +1134,66 @@ START_TEST(later_layers_receive_what_was_passed_on) {
 }
 END_TEST
 
+/* EpiCache, KeyDiff: behind each block the best of what stayed and of the block. Sinks stay; rows are there at once. */
+START_TEST(blocks_leave_the_best_of_what_they_find) {
+    enum { TOKENS = 50, SIZE = 12, BUDGET = 16, SINKS = 2 };
+    rf_error err = {0};
+    rf_kv_rule rule;
+    rf_assert_ok(rf_kv_rule_parse(&rule, "score=keydiff,block=12,sinks=2", &err), err);
+    run r = run_begin(&rule, &shape, BUDGET, 100);
+    measured m = measured_make(MOST);
+    rf_assert_fails(rf_kv_book_prefill_block(r.book, 0, SIZE, SIZE, TOKENS, NULL, &err), err, RF_ERR_STATE, "order");
+    for (int again = 0; again < 2; again++) {
+        for (int layer = 0; layer < LAYERS; layer++) {
+            int kept[KEY_HEADS][BUDGET + SIZE], num = 0;
+            for (int begin = 0; begin < TOKENS; begin += SIZE) {
+                int rows = TOKENS - begin < SIZE ? TOKENS - begin : SIZE;
+                for (int h = 0; h < KEY_HEADS; h++) {
+                    for (int i = 0; i < rows; i++) kept[h][num + i] = begin + i;
+                    for (int i = 0; i < num + rows; i++) put_key(&m, layer, h, i, kept[h][i]);
+                }
+                num += rows;
+                m.stats.num_keys = num;
+                rf_assert_ok(
+                    rf_kv_book_prefill_block(r.book, layer, begin, rows, TOKENS, num > BUDGET ? &m.stats : NULL, &err),
+                    err);
+                check_book(r.book, r.first, r.rows);
+                int left = num < BUDGET ? num : BUDGET;
+                for (int h = 0; h < KEY_HEADS; h++) {
+                    int next = 0;
+                    for (int i = 0; i < num; i++) {
+                        float own = m.stats.key_cosine[h * MOST + i];
+                        int before = SINKS;
+                        for (int o = SINKS; o < num; o++) {
+                            float other = m.stats.key_cosine[h * MOST + o];
+                            before += other < own || (other == own && o < i);
+                        }
+                        if (i < SINKS || before < left) kept[h][next++] = kept[h][i];
+                    }
+                    ck_assert_int_eq(next, left);
+                    const rf_kv_head *head = rf_kv_book_head(r.book, layer, h);
+                    ck_assert_int_eq(head->num, left);
+                    int wrong = 0;
+                    for (int i = 0; i < left; i++) wrong += head->position[i] != kept[h][i];
+                    ck_assert_msg(wrong == 0, "layer %d, head %d, behind token %d", layer, h, begin + rows);
+                }
+                num = left;
+            }
+        }
+        rf_kv_book_info info = rf_kv_book_get_info(r.book);
+        ck_assert_int_eq(info.seen, (int64_t)TOKENS * LAYERS * KEY_HEADS);
+        ck_assert_int_eq(info.kept, (int64_t)BUDGET * LAYERS * KEY_HEADS);
+        ck_assert_int_eq(info.kept + info.evictions, info.seen);
+        rf_assert_ok(rf_kv_book_append(r.book, TOKENS, &err), err);
+        rf_assert_ok(rf_kv_book_reset(r.book, BUDGET, &err), err);
+    }
+    rf_assert_ok(rf_kv_book_prefill_block(r.book, 0, 0, SIZE, TOKENS, NULL, &err), err);
+    rf_assert_fails(rf_kv_book_prefill_block(r.book, 0, SIZE, SIZE, TOKENS, NULL, &err), err, RF_ERR_SHAPE, "24 slots");
+    free(m.block);
+    run_end(&r);
+}
+END_TEST
+
 /* Two sequences of one pool, a step of one, a step of the other: as each alone. */
 START_TEST(sequences_do_not_know_each_other) {
     for (int which = 0; which < NUM_RULES; which++) {
@@ -1531,6 +1591,7 @@ int main(void) {
     tcase_add_test(tc, a_budget_over_everything_drops_nothing);
     tcase_add_test(tc, named_methods_run);
     tcase_add_test(tc, later_layers_receive_what_was_passed_on);
+    tcase_add_test(tc, blocks_leave_the_best_of_what_they_find);
     tcase_add_test(tc, sequences_do_not_know_each_other);
     tcase_add_test(tc, crush_keeps_heavy_pages_and_representatives);
     tcase_add_loop_test(tc, dropped_tokens_join_kept_ones, 0, 3);

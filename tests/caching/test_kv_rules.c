@@ -105,7 +105,8 @@ static bool same_rule(const rf_kv_rule *a, const rf_kv_rule *b) {
                 a->bits == b->bits && a->low_bits == b->low_bits && a->group_size == b->group_size &&
                 a->residual == b->residual && a->select == b->select && a->init == b->init && a->local == b->local &&
                 a->select_dims == b->select_dims && a->seed == b->seed && a->tsp_layer == b->tsp_layer &&
-                a->selector == b->selector && memcmp(a->delimiters, b->delimiters, sizeof a->delimiters) == 0;
+                a->block == b->block && a->selector == b->selector &&
+                memcmp(a->delimiters, b->delimiters, sizeof a->delimiters) == 0;
     return parts && kept && rest && memcmp(x, y, sizeof x) == 0;
 }
 
@@ -209,6 +210,11 @@ START_TEST(parts_that_do_not_go_together_are_refused) {
                                         "h2o:redundancy=0.1", /* likeness goes with the attention of a window */
                                         "cake:redundancy=0.1",
                                         "skipkv:heads=mean",
+                                        "epicache:block=0",
+                                        "epicache:alloc=flat-heads",
+                                        "epicache:action=merge",
+                                        "h2o:block=64,schedule=prefill",
+                                        "score=random,block=64",
                                         "fastkv:alloc=pyramid",
                                         "fastkv:position=delta",
                                         "h2o:tsp_share=0.5",

@@ -1075,8 +1075,11 @@ END_TEST
 
 START_TEST(sessions_survive_a_lack_of_memory) {
     fixture f = open_model("text-llama");
-    rf_kv_rule rule = rule_of(&f, _i ? "skipkv" : "snapkv");
+    rf_kv_rule rule = rule_of(&f, _i == 0 ? "snapkv" : _i == 1 ? "skipkv" : "epicache:block=8");
     rf_kv_session_options o = options_of(&rule, 16, 2, 32, 8);
+    const int32_t ask[3] = {5, 6, 7};
+    o.external = ask;
+    o.num_external = 3;
     rf_kv_session *s = NULL;
     int failures = 0;
     for (uint64_t nth = 1;; nth++) {
@@ -1112,7 +1115,7 @@ int main(void) {
     tcase_add_loop_test(tc, memory_stays_over_a_long_generation, 0, 2);
     tcase_add_test(tc, a_sliding_frame_is_the_cache_turned_anew);
     tcase_add_test(tc, wrong_calls_are_refused_in_one_line);
-    tcase_add_loop_test(tc, sessions_survive_a_lack_of_memory, 0, 2);
+    tcase_add_loop_test(tc, sessions_survive_a_lack_of_memory, 0, 3);
     suite_add_tcase(suite, tc);
     return rf_run_suite(suite);
 }

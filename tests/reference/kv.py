@@ -1115,7 +1115,7 @@ def main():
     head = {"command": "python tests/reference/kv.py", "seed": SEED, "layers": L, "q_heads": HQ, "kv_heads": HKV, "head_dim": D,
             "prompt": T, "new": NEW, "every": EVERY, "tokens": x["tokens"], "head_classes": HEAD_LIST, "layer_shares": [1 / L] * L,
             "without": {"none": "keeps everything", "random": "the engine's own generator",
-                        "razor": "not stated here yet", "trimkv": "not stated here yet",
+                        "epicache": "prompts in blocks: tests/dlm/test_kv_session.c states them", "razor": "not stated here yet", "trimkv": "not stated here yet",
                         "global-retention": "not stated here yet", "tokenselect": "not stated here yet",
                         "fasa": "not stated here yet", "sentencekv": "not stated here yet",
                         "icecache": "not stated here yet"}}

@@ -32,6 +32,8 @@ refused "unknown option" 2 "--kv-option|windwo" "${own[@]}" --kv-policy snapkv -
 refused "option without a value" 2 "--kv-option|KEY=VALUE" "${own[@]}" --kv-policy snapkv --kv-ratio 0.5 --kv-option window
 refused "a diffusion model" 2 "--kv-policy|autoregressive|text-llada" text -m "$llada" --device cpu --tokens 1,2 -n 32 --kv-policy snapkv --kv-ratio 0.5
 refused "a map in a missing folder" 1 "nowhere" "${own[@]}" --kv-policy snapkv --kv-ratio 0.5 --kv-map nowhere/map.png
+refused "an episode that nobody asks" 2 "--kv-episode|epicache" "${own[@]}" --kv-policy snapkv --kv-ratio 0.5 --kv-episode what
+refused "no episode" 2 "epicache|--kv-episode" "${own[@]}" --kv-policy epicache --kv-ratio 0.5
 refused "eval: one way without a policy" 2 "--agnostic|--kv-policy" eval needle --device cpu --agnostic
 refused "sweep: ratio without --kv" 2 "--kv-ratio" sweep --kv-ratio 0.5
 refused "sweep: a control" 2 "--kv|--fewer-steps|exclude" sweep --kv --fewer-steps 3
