@@ -440,7 +440,8 @@ bool rf_kv_can_overlap(const rf_kv_rule *r) {
     unsigned reads = BY_QUERIES | RF_KV_NEED_KEY_NORM | RF_KV_NEED_VALUE_NORM | RF_KV_NEED_KEY_COSINE;
     bool extra = r->score == RF_KV_SCORE_ATTENTION &&
                  (r->queries == RF_KV_QUERIES_PSEUDO || r->queries == RF_KV_QUERIES_DRAFTED);
-    bool whole = rf_kv_rule_thins(r) || r->block > 0 || r->sentence_penalty > 0; /* choose rows too, or want all layers */
+    bool whole =
+        rf_kv_rule_thins(r) || r->block > 0 || r->sentence_penalty > 0; /* choose rows too, or want all layers */
     return r->action == RF_KV_DROP && !extra && !whole && !(rf_kv_needs_prefill(r) & ~reads);
 }
 

@@ -21,7 +21,8 @@ static char *chunk_x(const rf_kv_session *s, const rf_kv_chunk *c) {
 }
 
 /* As a pass over the rows, with tokens: its lists on their way to the device, where they stay for all layers. */
-static rf_status make_run(rf_kv_session *s, const rf_kv_chunk *c, const int32_t *tokens, rf_text_run *run, rf_error *err) {
+static rf_status make_run(rf_kv_session *s, const rf_kv_chunk *c, const int32_t *tokens, rf_text_run *run,
+                          rf_error *err) {
     int32_t end = c->begin + c->rows, size = s->options.prefill_chunk;
     int64_t index = c->pseudo ? (s->options.max_prompt + size - 1) / size : c->begin / size;
     s->stage->b.control = s->prompt_control + index * (int64_t)s->stage->control_words;

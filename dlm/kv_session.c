@@ -670,8 +670,8 @@ rf_status rf_kv_upload_lists(rf_kv_session *s, int sequence, int first, int end,
             if (!s->host) break;
         }
         if (s->batch > 1)
-            RF_TRY(rf_stream_upload(s->stream, s->lens + unit, s->host_lens + unit, (size_t)heads * sizeof(int32_t),
-                                    err));
+            RF_TRY(
+                rf_stream_upload(s->stream, s->lens + unit, s->host_lens + unit, (size_t)heads * sizeof(int32_t), err));
     }
     s->stage->busy = true;
     if (s->batch > 1 || first == end) return RF_OK;

@@ -848,7 +848,7 @@ rf_status rf_kv_book_prefill_block(rf_kv_book *book, int layer, int32_t begin, i
                            layer, slots, begin + num);
         RF_TRY(cut_block(book, layer, slots, stats, err));
     }
-    for (int h = 0; h < heads; h++) RF_TRY(give_rows(book, rf_kv_head_of(book, layer, h), err));
+    RF_TRY(give_rows(book, layer, err));
     book->blocks_end = begin + num;
     if (book->blocks_end == num_tokens) {
         book->blocks_end = 0;

@@ -160,6 +160,14 @@ static void weigh_by_out(const rf_kv_shape *shape, const rf_kv_stats *stats, int
     memcpy(out, work, (size_t)n * sizeof *out);
 }
 
+static rf_status less_redundancy(const rf_kv_rule *rule, const rf_kv_stats *stats, int h, int32_t n, float *score,
+                                 float *scratch, rf_error *err) {
+    RF_TRY(rf_kv_redundancy(scratch, stats->k + h * stats->stride * stats->head_dim, n, stats->head_dim, err));
+    for (int32_t j = 0; j < n; j++)
+        score[j] = (float)(rule->redundancy * (double)score[j] - (1 - rule->redundancy) * (double)scratch[j]);
+    return RF_OK;
+}
+
 rf_status rf_kv_prefill_scores(const rf_kv_rule *rule, const rf_kv_shape *shape, int layer, int32_t num_tokens,
                                int32_t budget, const rf_kv_stats *stats, float *out, float *scratch, rf_error *err) {
     int32_t n = num_tokens, front, back;
@@ -221,16 +229,13 @@ rf_status rf_kv_prefill_scores(const rf_kv_rule *rule, const rf_kv_shape *shape,
         }
     }
     for (int h = 1; h < shape->num_kv_heads && alike; h++) memcpy(out + (int64_t)h * n, out, (size_t)n * sizeof *out);
+    for (int h = 0; h < shape->num_kv_heads && rule->redundancy > 0; h++)
+        RF_TRY(less_redundancy(rule, stats, h, n, out + (int64_t)h * n, scratch, err));
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int h = 0; h < shape->num_kv_heads; h++) {
         float *score = out + (int64_t)h * n;
         if (rule->value == RF_KV_VALUE_NORM) {
             for (int32_t j = 0; j < n; j++) score[j] *= stats->value_norm[h * stats->stride + j];
-        }
-        if (rule->redundancy > 0) {
-            RF_TRY(rf_kv_redundancy(scratch, stats->k + h * stats->stride * stats->head_dim, n, stats->head_dim, err));
-            for (int32_t j = 0; j < n; j++)
-                score[j] = (float)(rule->redundancy * (double)score[j] - (1 - rule->redundancy) * (double)scratch[j]);
         }
         if (rule->value == RF_KV_VALUE_WO)
             weigh_by_out(shape, stats, h, n, front, back, budget > 0 ? budget : n, score, scratch + (int64_t)h * 2 * n);
