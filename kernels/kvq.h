@@ -3,15 +3,15 @@
  * A store holds tokens of `units` heads (a unit is a key head of a sequence, of one layer): lens[u] of them, in order of arrival,
  * in blocks of RF_KVQ_BLOCK tokens. Three formats:
  *
- *   INT        b = 2, 4 or 8 bits. Asymmetric: scale = (max - min) / (2^b - 1), zero = min, both rounded to IEEE half before they are
- *              used; code = round-half-even((x - zero) / scale) clamped to 0..2^b - 1; x' = zero + scale code. A scale of 0: code 0.
+ *   INT        b = 2, 4 or 8 bits. Asymmetric: scale = (max - min) / (2^b - 1), zero = min, both rounded to IEEE half (saturating
+ *              at 65504) before they are used; code = round-half-even((x - zero) / scale) clamped to 0..2^b - 1; x' = zero + scale code. A scale of 0: code 0.
  *              (KIVI, arXiv 2402.02750.)
  *              Keys by channel (keys_by_channel): one scale and zero for a channel of a block (fewer tokens in the last one); a block
- *              is packed once, with all of its tokens. Keys by token and values: one for `group` consecutive channels of a token; a
+ *              is packed once, with all of its tokens; bits of tokens that are not there are those of code 0. Keys by token and values: one for `group` consecutive channels of a token; a
  *              token is packed on its own.
  *   FP8        e4m3 (no infinity, saturating at 448), one scale a token and plane: scale = max |x| / 448 (f32), code = e4m3(x / scale).
  *   DIRECTION  rows of dtype that other layers may share, one length a token, plane and layer: x' = length row. Not packed here:
- *              written by kv_direction.
+ *              written by kvq_direction.
  *
  * Layout, per unit (unit strides in bytes):
  *   k_codes, v_codes
@@ -24,8 +24,8 @@
  *     INT by token    [tokens][D / group] of (scale, zero) half pairs
  *     FP8, DIRECTION  [tokens] f32
  * k_factor, v_factor: f32 [units][D] or NULL: channel c was divided by it before it was packed (ZipCache, MiKV: a balancer), so
- * that x' is multiplied by it when read. All of them > 0.
- * D a multiple of 16 up to 256; group divides D and is a multiple of 8 (or D itself). Unit strides and bases are multiples of 16 bytes. */
+ * that x' is multiplied by it when read. All of them > 0. DIRECTION has none.
+ * D a multiple of 16 up to 256; group divides D and is a multiple of 8. Unit strides and bases are multiples of 16 bytes. */
 #ifndef RF_KERNELS_KVQ_H
 #define RF_KERNELS_KVQ_H
 
@@ -107,7 +107,7 @@ typedef struct {
  * from[u * list_stride + i] of the earlier and the later layer, u = a / |a|, w = b / |b|, Omega = arccos(u.w):
  *   e = (sin((1 - t) Omega) u + sin(t Omega) w) / sin Omega        (sin Omega < 1e-4: the half sum, made a unit vector)
  * goes to token first[u] + i of the codes, of length 1, |a| and |b| to the scales of the earlier and the later layer. A row of length 0 has
- * direction e of the other one and length 0. For keys and values each. angle f32 [2][units][list_stride] or NULL: Omega / pi of keys, values.
+ * direction e of the other one, length 0 and Omega 0. For keys and values each. angle f32 [2][units][list_stride] or NULL: Omega / pi of keys, values.
  *   k[2], v[2]        planes of the earlier and the later layer, strides as in pack
  *   store.k_scales    of the earlier layer, later_k_scales of the later one; later_v_scales likewise
  *   codes NULL: only angles are written (to choose what stays unmerged). */

@@ -20,6 +20,7 @@
 #include "kernels/elementwise.h"
 #include "kernels/gemm.h"
 #include "kernels/kv.h"
+#include "kernels/kvq.h"
 #include "kernels/norm.h"
 #include "kernels/reduce.h"
 #include "kernels/rope.h"
@@ -87,6 +88,11 @@ typedef struct {
     rf_status (*kv_append)(rf_stream *, const rf_kv_append_args *, rf_error *);
     rf_status (*kv_evict)(rf_stream *, const rf_kv_evict_args *, rf_error *);
     size_t (*kv_evict_workspace)(rf_backend *, const rf_kv_evict_args *);
+    rf_status (*kvq_pack)(rf_stream *, const rf_kvq_pack_args *, rf_error *);
+    rf_status (*kvq_unpack)(rf_stream *, const rf_kvq_unpack_args *, rf_error *);
+    rf_status (*kvq_attention)(rf_stream *, const rf_kvq_attention_args *, rf_error *);
+    size_t (*kvq_attention_workspace)(rf_backend *, const rf_kvq_attention_args *);
+    rf_status (*kvq_direction)(rf_stream *, const rf_kvq_direction_args *, rf_error *);
 
     rf_status (*sampler_step)(rf_stream *, const rf_sampler_step_args *, rf_error *);
     rf_status (*step_advance)(rf_stream *, const rf_step_advance_args *, rf_error *);

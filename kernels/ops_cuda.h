@@ -77,6 +77,13 @@ rf_status rf_kv_append_cuda(rf_stream *stream, const rf_kv_append_args *args, rf
 rf_status rf_kv_evict_cuda(rf_stream *stream, const rf_kv_evict_args *args, rf_error *err);
 size_t rf_kv_evict_workspace_cuda(rf_backend *backend, const rf_kv_evict_args *args);
 
+/* kvq.cu */
+rf_status rf_kvq_pack_cuda(rf_stream *stream, const rf_kvq_pack_args *args, rf_error *err);
+rf_status rf_kvq_unpack_cuda(rf_stream *stream, const rf_kvq_unpack_args *args, rf_error *err);
+rf_status rf_kvq_attention_cuda(rf_stream *stream, const rf_kvq_attention_args *args, rf_error *err);
+size_t rf_kvq_attention_workspace_cuda(rf_backend *backend, const rf_kvq_attention_args *args);
+rf_status rf_kvq_direction_cuda(rf_stream *stream, const rf_kvq_direction_args *args, rf_error *err);
+
 /* sampler.cu */
 rf_status rf_sampler_step_cuda(rf_stream *stream, const rf_sampler_step_args *args, rf_error *err);
 rf_status rf_step_advance_cuda(rf_stream *stream, const rf_step_advance_args *args, rf_error *err);
