@@ -9,7 +9,8 @@
  *              Keys by channel (keys_by_channel): one scale and zero for a channel of a block (fewer tokens in the last one); a block
  *              is packed once, with all of its tokens; bits of tokens that are not there are those of code 0. Keys by token and values: one for `group` consecutive channels of a token; a
  *              token is packed on its own.
- *   FP8        e4m3 (no infinity, saturating at 448), one scale a token and plane: scale = max |x| / 448 (f32), code = e4m3(x / scale).
+ *   FP8        e4m3 (no infinity, saturating at 448), one scale a token and plane: scale = max |x| / 448 (f32; NaN if there
+ *              is one), code = e4m3(x / scale).
  *   DIRECTION  rows of dtype that other layers may share, one length a token, plane and layer: x' = length row. Not packed here:
  *              written by kvq_direction.
  *

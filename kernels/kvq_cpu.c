@@ -57,7 +57,7 @@ RF_INLINE float from_e4m3(uint8_t code) {
     const uint32_t bits = (uint32_t)(code & 0x80) << 24 | (uint32_t)(code & 0x7f) << 20;
     float x;
     memcpy(&x, &bits, sizeof x);
-    return (code & 0x7f) == 0x7f ? NAN : x * 0x1p120f;
+    return x * 0x1p120f;
 }
 
 typedef struct {
@@ -176,7 +176,7 @@ static void pack_row(const plane *p, int64_t token, const float *x) {
     for (int64_t c = 0; c < dim; c++) row[c] = p->factor ? x[c] / p->factor[c] : x[c];
     if (s->format == RF_KVQ_FP8) {
         float most = 0.0f;
-        for (int64_t c = 0; c < dim; c++) most = fmaxf(most, fabsf(row[c]));
+        for (int64_t c = 0; c < dim; c++) most = most != most || fabsf(row[c]) <= most ? most : fabsf(row[c]);
         const float scale = most / 448.0f;
         ((float *)p->scales)[token] = scale;
         uint8_t *out = p->codes + token * dim;
