@@ -1,6 +1,6 @@
 /* kernels/kvq.cu - packed caches (kernels/kvq.h).
- * Maths    attention in f32. A code becomes a float by the mantissa of 2^23, e4m3 by the bits of a half and a scale of 256; scales and
- *          zeros are applied to it before the product (one fma), so that codes of every format meet one loop.
+ * Maths    attention in f32. A code becomes a float as upper bits of the mantissa of 1, e4m3 by the bits of a half and a scale of 256;
+ *          scale and zero are applied before the product (one fma), so that codes of every format meet one loop.
  * Launch   attention: a block of 4 warps per (unit, split, HEADS heads of the group); a warp takes every fourth block of 32 tokens with
  *          its own running softmax. An octet is 8 neighbours of a bit string: b bytes, which a lane loads at once, neighbouring lanes
  *          neighbouring octets.
@@ -64,6 +64,17 @@ template <int CODE> struct octet {
         }
     }
 
+    /* As attention takes them: 1 + code / 2^b, a code in the upper bits of the mantissa of 1. */
+    __device__ __forceinline__ float quick(int j) const {
+        if constexpr (is_int<CODE>) {
+            const int up = 23 - CODE - j * CODE % 32;
+            const uint32_t v = w[j * CODE / 32], at = up >= 0 ? v << (up & 31) : v >> (-up & 31);
+            return __uint_as_float(0x3f800000u | (at & ((1u << CODE) - 1) << (23 - CODE)));
+        } else {
+            return get(j);
+        }
+    }
+
     /* Codes as numbers; e4m3 times 2^-8. */
     __device__ __forceinline__ float get(int j) const {
         if constexpr (is_int<CODE>) {
@@ -98,6 +109,16 @@ template <int CODE> struct affine {
     }
 };
 
+/* For quick(): scale 2^b, zero - scale 2^b. */
+template <int CODE> struct quick_affine : affine<CODE> {
+    __device__ __forceinline__ quick_affine(uint32_t bits) : affine<CODE>(bits) {
+        if constexpr (is_int<CODE>) {
+            this->scale *= (float)(1 << CODE);
+            this->zero -= this->scale;
+        }
+    }
+};
+
 /* One plane of a unit. */
 struct plane {
     uint8_t *codes;
@@ -116,8 +137,8 @@ static __device__ __forceinline__ const uint8_t *octet_at(const plane &p, int64_
     return p.codes + (token * dim + c) / 8 * octet<CODE>::BYTES;
 }
 template <int CODE>
-static __device__ __forceinline__ int64_t scale_at(int64_t token, int c, int groups, int group_shift_octets) {
-    return is_int<CODE> ? token * groups + (c / 8) / group_shift_octets : token;
+static __device__ __forceinline__ int64_t scale_at(int64_t token, int c, int groups, int group_octets) {
+    return is_int<CODE> ? token * groups + (c / 8) / group_octets : token;
 }
 
 static __device__ __forceinline__ uint32_t to_e4m3(float x) {
@@ -381,22 +402,34 @@ struct attention_params {
     float *part_lse, *part_out; /* [units x group][splits], [.][D], normalised, if num_splits > 1 */
 };
 
+/* A lane keeps the half of `in` that its bit `mask` says, and adds what the other lane has for it. */
+template <int NUM, int HEADS>
+static __device__ __forceinline__ void keep_half(const float (&in)[2 * NUM][HEADS], float (&out)[NUM][HEADS], int lane,
+                                                 int mask) {
+    const bool upper = lane & mask;
+#pragma unroll
+    for (int j = 0; j < NUM; j++)
+#pragma unroll
+        for (int h = 0; h < HEADS; h++) {
+            float keep = in[j][h], give = in[j + NUM][h];
+            if (upper) { /* a select of values: of addresses it would put `in` into memory */
+                const float t = keep;
+                keep = give;
+                give = t;
+            }
+            out[j][h] = keep + __shfl_xor_sync(RF_ALL_LANES, give, mask);
+        }
+}
+
 /* Sums over the 8 lanes that differ in bits HIGH, HIGH / 2, HIGH / 4: of acc[j] the lane keeps j = its three bits. */
 template <int HEADS, int HIGH>
-static __device__ __forceinline__ void keep_one(float (&acc)[8][HEADS], float (&out)[HEADS], int lane) {
+static __device__ __forceinline__ void keep_one(const float (&acc)[8][HEADS], float (&out)[HEADS], int lane) {
+    float four[4][HEADS], two[2][HEADS], one[1][HEADS];
+    keep_half<4>(acc, four, lane, HIGH);
+    keep_half<2>(four, two, lane, HIGH / 2);
+    keep_half<1>(two, one, lane, HIGH / 4);
 #pragma unroll
-    for (int left = 4, mask = HIGH; left > 0; left /= 2, mask /= 2) {
-        const bool upper = lane & mask;
-#pragma unroll
-        for (int j = 0; j < left; j++)
-#pragma unroll
-            for (int h = 0; h < HEADS; h++) {
-                const float keep = upper ? acc[j + left][h] : acc[j][h], give = upper ? acc[j][h] : acc[j + left][h];
-                acc[j][h] = keep + __shfl_xor_sync(RF_ALL_LANES, give, mask);
-            }
-    }
-#pragma unroll
-    for (int h = 0; h < HEADS; h++) out[h] = acc[0][h];
+    for (int h = 0; h < HEADS; h++) out[h] = one[0][h];
 }
 
 template <int HEADS> static __device__ __forceinline__ void load_heads(const float *p, float (&v)[HEADS]) {
@@ -421,10 +454,15 @@ template <int DIM, int HEADS> struct attention_shape {
 
 /* Grid (units x splits, head batches). */
 template <int CODE, bool BY_CHANNEL, int DIM, int HEADS>
-static __global__ void __launch_bounds__(ATTENTION_THREADS, HEADS == 8 ? 2 : 4)
+static __global__ void __launch_bounds__(ATTENTION_THREADS, HEADS == 8   ? 2
+                                                            : HEADS == 4 ? 3
+                                                                         : 4)
     attention_kernel(const __grid_constant__ attention_params p) {
     using Shape = attention_shape<DIM, HEADS>;
-    constexpr int LANES = Shape::LANES, WIDTH = Shape::WIDTH, SUBS = Shape::SUBS, CHUNK = Shape::CHUNK;
+    constexpr int LANES = Shape::LANES, WIDTH = Shape::WIDTH, SUBS = Shape::SUBS, CHUNK = Shape::CHUNK,
+                  LOADS = CODE == ROWS_F32    ? 2
+                          : CODE == ROWS_BF16 ? 4
+                                              : 8; /* octets under way */
     __shared__ __align__(16) float queries[WIDTH][HEADS];
     __shared__ __align__(16) float probs[WARPS][BLOCK][HEADS];
     __shared__ __align__(16) float rows[WARPS][HEADS][WIDTH];
@@ -497,12 +535,12 @@ static __global__ void __launch_bounds__(ATTENTION_THREADS, HEADS == 8 ? 2 : 4)
                 }
 #pragma unroll
                 for (int i = 0; i < 8; i++) {
-                    const affine<CODE> map(scales[i]);
+                    const quick_affine<CODE> map(scales[i]);
                     float w[HEADS];
                     load_heads<HEADS>(queries[(r * 8 + i) * 8 + (lane >> 2)], w);
 #pragma unroll
                     for (int j = 0; j < 8; j++) {
-                        const float x = map(raw[i].get(j));
+                        const float x = map(raw[i].quick(j));
 #pragma unroll
                         for (int h = 0; h < HEADS; h++) acc[j][h] = fmaf(w[h], x, acc[j][h]);
                     }
@@ -510,28 +548,31 @@ static __global__ void __launch_bounds__(ATTENTION_THREADS, HEADS == 8 ? 2 : 4)
             }
             keep_one<HEADS, 16>(acc, logit, lane);
         } else {
-#pragma unroll
+#pragma unroll 1
             for (int chunk = 0; chunk < BLOCK / CHUNK; chunk++) {
-                octet<CODE> raw[8];
-                uint32_t scales[8];
                 float acc[8][HEADS], kept[HEADS];
 #pragma unroll
-                for (int i = 0; i < 8; i++) {
-                    const int token = chunk * CHUNK + i * SUBS + sub;
-                    const bool there = token < num && has_octet;
-                    raw[i].load(octet_at<CODE>(keys, first + token, c0, dim), there);
-                    scales[i] = there ? keys.scales[scale_at<CODE>(first + token, c0, groups, group_octets)] : 0;
-                }
+                for (int part = 0; part < 8; part += LOADS) {
+                    octet<CODE> raw[LOADS];
+                    uint32_t scales[LOADS];
 #pragma unroll
-                for (int i = 0; i < 8; i++) {
-                    const affine<CODE> map(scales[i]);
+                    for (int i = 0; i < LOADS; i++) {
+                        const int token = chunk * CHUNK + (part + i) * SUBS + sub;
+                        const bool there = token < num && has_octet;
+                        raw[i].load(octet_at<CODE>(keys, first + token, c0, dim), there);
+                        scales[i] = there ? keys.scales[scale_at<CODE>(first + token, c0, groups, group_octets)] : 0;
+                    }
 #pragma unroll
-                    for (int h = 0; h < HEADS; h++) acc[i][h] = 0.0f;
+                    for (int i = 0; i < LOADS; i++) {
+                        const quick_affine<CODE> map(scales[i]);
 #pragma unroll
-                    for (int j = 0; j < 8; j++) {
-                        const float x = map(raw[i].get(j));
+                        for (int h = 0; h < HEADS; h++) acc[part + i][h] = 0.0f;
 #pragma unroll
-                        for (int h = 0; h < HEADS; h++) acc[i][h] = fmaf(q[j][h], x, acc[i][h]);
+                        for (int j = 0; j < 8; j++) {
+                            const float x = map(raw[i].quick(j));
+#pragma unroll
+                            for (int h = 0; h < HEADS; h++) acc[part + i][h] = fmaf(q[j][h], x, acc[part + i][h]);
+                        }
                     }
                 }
                 keep_one<HEADS, 4>(acc, kept, lane);
@@ -567,25 +608,25 @@ static __global__ void __launch_bounds__(ATTENTION_THREADS, HEADS == 8 ? 2 : 4)
         }
         __syncwarp(); /* the probabilities are there */
 
+#pragma unroll 1
+        for (int step = 0; step < BLOCK / SUBS; step += LOADS) {
+            octet<CODE> raw[LOADS];
+            uint32_t scales[LOADS];
 #pragma unroll
-        for (int chunk = 0; chunk < BLOCK / CHUNK; chunk++) {
-            octet<CODE> raw[8];
-            uint32_t scales[8];
-#pragma unroll
-            for (int i = 0; i < 8; i++) {
-                const int token = chunk * CHUNK + i * SUBS + sub;
+            for (int i = 0; i < LOADS; i++) {
+                const int token = (step + i) * SUBS + sub;
                 const bool seen = token < num && has_octet;
                 raw[i].load(octet_at<CODE>(values, first + token, c0, dim), seen);
                 scales[i] = seen ? values.scales[scale_at<CODE>(first + token, c0, groups, group_octets)] : 0;
             }
 #pragma unroll
-            for (int i = 0; i < 8; i++) {
-                const affine<CODE> map(scales[i]);
+            for (int i = 0; i < LOADS; i++) {
+                const quick_affine<CODE> map(scales[i]);
                 float w[HEADS];
-                load_heads<HEADS>(probs[warp][chunk * CHUNK + i * SUBS + sub], w);
+                load_heads<HEADS>(probs[warp][(step + i) * SUBS + sub], w);
 #pragma unroll
                 for (int j = 0; j < 8; j++) {
-                    const float x = map(raw[i].get(j));
+                    const float x = map(raw[i].quick(j));
 #pragma unroll
                     for (int h = 0; h < HEADS; h++) out[h][j] = fmaf(w[h], x, out[h][j]);
                 }
