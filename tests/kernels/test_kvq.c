@@ -43,7 +43,8 @@ static const store_case cases[] = {
     {RF_KVQ_INT, 4, 40, false, false, 80, 2, 70, 2},    {RF_KVQ_INT, 8, 256, true, true, 256, 2, 70, 9},
     {RF_KVQ_INT, 2, 8, false, true, 240, 2, 70, 2},     {RF_KVQ_FP8, 0, 0, false, true, 208, 2, 70, 2},
     {RF_KVQ_INT, 2, 64, true, false, 64, 1, 1, 4},      {RF_KVQ_FP8, 0, 0, false, false, 64, 1, 513, 1},
-    {RF_KVQ_INT, 4, 32, true, false, 64, 2, 3000, 4},
+    {RF_KVQ_INT, 4, 32, true, false, 64, 2, 3000, 4},   {RF_KVQ_INT, 2, 64, true, true, 64, 1, 5003, 3},
+    {RF_KVQ_FP8, 0, 0, false, true, 128, 1, 4500, 5},
 };
 static const store_case direction_cases[] = {
     {RF_KVQ_DIRECTION, 0, 0, false, false, 64, 3, 150, 4}, {RF_KVQ_DIRECTION, 0, 0, false, false, 128, 2, 700, 8},
@@ -169,7 +170,7 @@ typedef struct {
 static rows make_rows(rf_dtype dtype, const store_case *c, bool pool) {
     rows r = {.list_stride = c->most + 3, .num_rows = c->most + 9};
     r.head_stride = pool ? 0 : c->d;
-    r.row_stride = pool ? c->d + 8 : c->units * c->d + 8;
+    r.row_stride = pool ? c->d + 8 : c->units * c->d + 3; /* in the plane rows do not begin on 16 bytes */
     r.k = op_normal(dtype, (size_t)(r.num_rows * r.row_stride), 0.3, 1);
     r.v = op_normal(dtype, (size_t)(r.num_rows * r.row_stride), -0.2, 2);
     r.from = host_ints((size_t)(c->units * r.list_stride));
@@ -561,6 +562,41 @@ START_TEST(reading_matches_double) {
 }
 END_TEST
 
+/* The same bits for every number of threads. */
+START_TEST(threads_do_not_change_rows) {
+    if (test_is_cuda()) return;
+    const store_case c = {RF_KVQ_INT, 4, 32, true, false, 64, 2, 1700, 3};
+    rows r;
+    const store s = packed_store(RF_DTYPE_F32, &c, true, &r);
+    const operand q = op_normal(RF_DTYPE_F32, 6 * 64, 0, 1);
+    operand out[2], lse[2];
+    for (int t = 0; t < 2; t++) {
+        rf_backend *backend;
+        rf_stream *stream;
+        rf_error err = {0};
+        ck_assert_int_eq(rf_backend_open(&backend, "cpu", t ? 3 : 1, &err), RF_OK);
+        ck_assert_int_eq(rf_stream_create(&stream, backend, &err), RF_OK);
+        out[t] = op_poison(RF_DTYPE_F32, q.num), lse[t] = op_poison(RF_DTYPE_F32, 6);
+        rf_kvq_attention_args a = {.store = s.dev,
+                                   .lens = s.dev_lens,
+                                   .units = 2,
+                                   .most = c.most,
+                                   .q = q.dev,
+                                   .out = out[t].dev,
+                                   .lse = lse[t].dev,
+                                   .group_heads = 3,
+                                   .scale = 0.125f};
+        a.workspace_bytes = rf_ops_cpu()->kvq_attention_workspace(backend, &a);
+        a.workspace = dev_bytes(a.workspace_bytes);
+        ck_assert_int_eq(rf_ops_cpu()->kvq_attention(stream, &a, &err), RF_OK);
+        rf_stream_destroy(stream);
+        rf_backend_close(backend);
+    }
+    expect_same_bits(&out[0], &out[1], "kvq_attention", "three threads");
+    expect_same_bits(&lse[0], &lse[1], "kvq_attention lse", "three threads");
+}
+END_TEST
+
 /* ---- directions ---- */
 
 typedef struct {
@@ -818,6 +854,7 @@ int main(void) {
     tcase_add_test(pack, extremes);
     TCase *read = kernel_tcase(suite, "read");
     tcase_add_loop_test(read, reading_matches_double, 0, LENGTH(cases));
+    tcase_add_test(read, threads_do_not_change_rows);
     TCase *direction = kernel_tcase(suite, "direction");
     tcase_add_loop_test(direction, directions_match_double, 0, LENGTH(direction_cases));
     tcase_add_loop_test(direction, directions_are_read, 0, LENGTH(direction_cases));
