@@ -427,6 +427,59 @@ START_TEST(golden_codes) {
 }
 END_TEST
 
+/* A row of 16 channels, keys and values alike, as token 0. */
+static store pack_one(rf_dtype dtype, const store_case *c, const double *row) {
+    store s = make_store(dtype, c);
+    const operand x = op_values(dtype, 16, row);
+    const int32_t zero = 0, one = 1;
+    const rf_kvq_pack_args a = {.store = s.dev,
+                                .k = x.dev,
+                                .v = x.dev,
+                                .row_stride = 16,
+                                .from = dev_i32(&zero, 1),
+                                .first = dev_i32(&zero, 1),
+                                .counts = dev_i32(&one, 1),
+                                .list_stride = 1,
+                                .units = 1,
+                                .most = 1};
+    expect_ok(test_ops()->kvq_pack(test_stream(), &a, &err));
+    read_store(&s);
+    return s;
+}
+
+/* Halves go to the even code. e4m3 of scale 1: 8 steps a power of two from 2^-6 on, steps of 2^-9 below. */
+START_TEST(ties_go_to_even_codes) {
+    const store_case ints = {RF_KVQ_INT, 2, 16, false, false, 16, 1, 1, 1},
+                     floats = {RF_KVQ_FP8, 0, 0, false, false, 16, 1, 1, 1};
+    const double thirds[16] = {0, 0.5, 1.5, 2.5, 3, 0.25, 0.75, 1, 2, 2.75, 3, 0, 1.25, 1.75, 2.25, 0.5};
+    const int third_codes[16] = {0, 0, 2, 2, 3, 0, 1, 1, 2, 3, 3, 0, 1, 2, 2, 0};
+    const double numbers[16] = {448,        17,     -19,    0x1p-10, 0x3p-10, -0x5p-10, 0x1p-6, 0x1p-9,
+                                -0x1.f8p-7, 1.0625, 1.1875, -448,    0,       240,      300,    0x7p-9};
+    const int number_codes[16] = {0x7e, 0x58, 0xda, 0, 2, 0x82, 8, 1, 0x88, 0x38, 0x3a, 0xfe, 0, 0x77, 0x79, 7};
+    for (int t = 0; t < test_num_dtypes(); t++) {
+        const store a = pack_one(test_dtype(t), &ints, thirds), b = pack_one(test_dtype(t), &floats, numbers);
+        for (int p = 0; p < 2; p++)
+            for (int x = 0; x < 16; x++) {
+                double scale, zero;
+                ck_assert_int_eq(code_at(&a, p, 0, 0, x, &scale, &zero), third_codes[x]);
+                ck_assert_double_eq(scale, 1);
+                ck_assert_double_eq(zero, 0);
+                ck_assert_int_eq(code_at(&b, p, 0, 0, x, &scale, &zero), number_codes[x]);
+                ck_assert_double_eq(scale, 1);
+            }
+    }
+    /* A scale so small that it has no digits left: 627 steps are 1.4 of 448 and become 1. */
+    const double tiny[16] = {627 * 0x1p-149, -627 * 0x1p-149, 32 * 0x1p-149};
+    const store s = pack_one(RF_DTYPE_F32, &floats, tiny);
+    const int tiny_codes[3] = {0x7e, 0xfe, 0x60};
+    for (int x = 0; x < 3; x++) ck_assert_int_eq(s.codes[0][x], tiny_codes[x]);
+    /* A NaN is one when it is read. */
+    const double nan_row[16] = {1, NAN, 2};
+    const store n = pack_one(RF_DTYPE_F32, &floats, nan_row);
+    ck_assert(isnan(float_at(n.scales[0], 0)) && isnan(float_at(n.scales[1], 0)));
+}
+END_TEST
+
 /* Rows of one value, of zeros, and with an outlier that leaves the rest in e4m3's subnormals. */
 START_TEST(extremes) {
     for (int format = 0; format < 3; format++) {
@@ -851,6 +904,7 @@ int main(void) {
     tcase_add_loop_test(pack, packing_is_nearest, 0, LENGTH(cases));
     tcase_add_test(pack, last_block_is_packed_again);
     tcase_add_test(pack, golden_codes);
+    tcase_add_test(pack, ties_go_to_even_codes);
     tcase_add_test(pack, extremes);
     TCase *read = kernel_tcase(suite, "read");
     tcase_add_loop_test(read, reading_matches_double, 0, LENGTH(cases));
