@@ -460,9 +460,9 @@ static __global__ void __launch_bounds__(ATTENTION_THREADS, HEADS == 8   ? 2
     attention_kernel(const __grid_constant__ attention_params p) {
     using Shape = attention_shape<DIM, HEADS>;
     constexpr int LANES = Shape::LANES, WIDTH = Shape::WIDTH, SUBS = Shape::SUBS, CHUNK = Shape::CHUNK,
-                  LOADS = CODE == ROWS_F32    ? 2
-                          : CODE == ROWS_BF16 ? 4
-                                              : 8; /* octets under way */
+                  LOADS = CODE == ROWS_F32                                   ? 2
+                          : CODE == ROWS_BF16 || (HEADS == 8 && !BY_CHANNEL) ? 4
+                                                                             : 8; /* octets under way */
     __shared__ __align__(16) float queries[WIDTH][HEADS];
     __shared__ __align__(16) float probs[WARPS][BLOCK][HEADS];
     __shared__ __align__(16) float rows[WARPS][HEADS][WIDTH];
