@@ -72,11 +72,6 @@ static range range_of(float least, float most, int bits) {
     return (range){to_half((most - least) / (float)((1 << bits) - 1)), to_half(least)};
 }
 
-RF_INLINE uint32_t code_of(float x, float scale, float zero, int bits) {
-    if (scale == 0.0f) return 0;
-    return (uint32_t)fminf(fmaxf(rintf((x - zero) / scale), 0.0f), (float)((1 << bits) - 1));
-}
-
 /* Codes as numbers, low bits first; num a multiple of 16. */
 RF_INLINE void expand_body(float *restrict out, const uint8_t *codes, int64_t num, int bits) {
     const int each = 32 / bits;
@@ -150,12 +145,18 @@ static void block_ranges(float *scales, float *zeros, const plane *p, int64_t bl
 
 /* --- pack and unpack ------------------------------------------------------------------------------------------------------ */
 
-/* Bytes of `num` codes, a multiple of 8 of them. */
-static void store_codes(uint8_t *out, const float *x, int64_t num, float scale, float zero, int bits) {
+/* Bytes of `num` codes, a multiple of 8 of them, MAX_DIM at most. */
+RF_HOT static void store_codes(uint8_t *out, const float *x, int64_t num, float scale, float zero, int bits) {
     const int each = 8 / bits;
+    const float last = (float)((1 << bits) - 1);
+    int32_t codes[MAX_DIM];
+    for (int64_t i = 0; i < num; i++) {
+        const float code = rintf((x[i] - zero) / scale), low = code > 0.0f ? code : 0.0f; /* NaN: 0 */
+        codes[i] = scale != 0.0f ? (int32_t)(low < last ? low : last) : 0;
+    }
     for (int64_t b = 0; b < num / each; b++) {
-        uint32_t byte = 0;
-        for (int i = 0; i < each; i++) byte |= code_of(x[b * each + i], scale, zero, bits) << (i * bits);
+        int32_t byte = 0;
+        for (int i = 0; i < each; i++) byte |= codes[b * each + i] << (i * bits);
         out[b] = (uint8_t)byte;
     }
 }
@@ -291,22 +292,45 @@ RF_INLINE float dot_body(const float *a, const float *b, int64_t num) {
     return sum[0];
 }
 
+/* sums[h][0..31] += products of a block of keys by channel and q [num][dim], num a constant: the sums stay in registers. */
+RF_INLINE void block_body(float (*restrict sums)[BLOCK], int num, const float *q, const uint8_t *codes,
+                          const float *scales, int64_t dim, int bits) {
+    for (int64_t c = 0; c < dim; c++) {
+        float x[BLOCK];
+        expand_body(x, codes + c * 4 * bits, BLOCK, bits);
+        for (int h = 0; h < num; h++) {
+            const float w = q[h * dim + c] * scales[c];
+            for (int i = 0; i < BLOCK; i++) sums[h][i] += w * x[i];
+        }
+    }
+}
+
+RF_INLINE void block_heads(float (*restrict sums)[BLOCK], int num, const float *q, const uint8_t *codes,
+                           const float *scales, int64_t dim, int bits) {
+    switch (num) {
+    case 1: block_body(sums, 1, q, codes, scales, dim, bits); break;
+    case 2: block_body(sums, 2, q, codes, scales, dim, bits); break;
+    case 3: block_body(sums, 3, q, codes, scales, dim, bits); break;
+    default: block_body(sums, 4, q, codes, scales, dim, bits); break;
+    }
+}
+
 /* logits[h][0..31] of a block of keys by channel; q [heads][dim]. */
 RF_HOT static void block_logits(float *logits, const float *q, int64_t heads, const uint8_t *codes, const float *scales,
                                 const float *zeros, int64_t dim, int bits) {
-    float sums[HEADS][BLOCK] = {{0}};
-    for (int64_t c = 0; c < dim; c++) {
-        float x[BLOCK];
-        expand(x, codes + c * 4 * bits, BLOCK, bits);
-        for (int64_t h = 0; h < heads; h++) {
-            const float w = q[h * dim + c] * scales[c];
-            float *restrict sum = sums[h];
-            for (int i = 0; i < BLOCK; i++) sum[i] += w * x[i];
+    for (int64_t first = 0; first < heads; first += 4) {
+        float sums[4][BLOCK] = {{0}};
+        const int num = (int)rf_min64(4, heads - first);
+        const float *from = q + first * dim;
+        switch (bits) {
+        case 2: block_heads(sums, num, from, codes, scales, dim, 2); break;
+        case 4: block_heads(sums, num, from, codes, scales, dim, 4); break;
+        default: block_heads(sums, num, from, codes, scales, dim, 8); break;
         }
-    }
-    for (int64_t h = 0; h < heads; h++) {
-        const float base = dot_body(q + h * dim, zeros, dim);
-        for (int i = 0; i < BLOCK; i++) logits[h * CHUNK + i] = base + sums[h][i];
+        for (int h = 0; h < num; h++) {
+            const float base = dot_body(from + h * dim, zeros, dim);
+            for (int i = 0; i < BLOCK; i++) logits[(first + h) * CHUNK + i] = base + sums[h][i];
+        }
     }
 }
 
