@@ -10,10 +10,12 @@
  *            values            octets of channels; 8 channels x HEADS sums in a lane
  *          Warps meet in shared memory, splits through the workspace by a second kernel, in order.
  *          pack: a lane per octet of a row; keys by channel: a thread per channel. unpack: a thread per octet.
- * Cost     bytes of a token and unit, both planes, group g: D b / 4 + 4 D / g + (keys by channel: D / 8, else 4 D / g); e4m3: 2 D + 8.
- *          D = 128, g = 32: 80 at 2 bits, 160 at 4 (48, 112 with keys by channel more finely: 2 bits 96, 4 bits 160). Flops 4 D a
- *          query head; instructions 2 (2 + HEADS) D / 32 of a warp beside the unpacking, so that memory is the floor up to about 4
- *          heads at 4 bits, and arithmetic at 2 bits or 8 heads. Each packed byte is read once for HEADS = 2, 4 or 8 heads.
+ * Floors   bytes of a token and unit, both planes, groups of g: codes D b / 4, scales of values 4 D / g, of keys D / 8 by channel,
+ *          else 4 D / g; e4m3 2 D + 8. D = 128, g = 32: 96 at 2 bits, 160 at 4, 288 at 8; bf16 rows are 512. Flops 4 D a query head.
+ *          An H100's SM gets 14 bytes a cycle: 7, 11 and 20 cycles a token. A code costs 3 + HEADS instructions (shift, mask, fma;
+ *          fma a head), 2 (3 + HEADS) cycles a token: near the memory's time for 2 heads at 4 bits and for 4 to 8 heads at 8
+ *          bits; fewer bits or more heads are bound by instructions. These are counts, not measurements.
+ *          A packed byte is read once for all heads of a group up to 8 (4 where head_dim is neither 64 nor 128).
  * Order    fixed, no atomics. Arch  sm_80 and later.  Checked  tests/kernels/test_kvq.c. */
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -452,6 +454,13 @@ template <int DIM, int HEADS> struct attention_shape {
     static constexpr int WIDTH = LANES * 8, SUBS = 32 / LANES, CHUNK = 8 * SUBS /* tokens of 8 passes */;
 };
 
+/* Octets of a row's or a column's plane that a lane loads together: as many as leave room for the sums. */
+template <int CODE, bool BY_CHANNEL, int DIM, int HEADS> static constexpr int octets_under_way() {
+    if (CODE == ROWS_F32) return 2;
+    if (CODE == ROWS_BF16) return HEADS == 8 ? 2 : 4;
+    return BY_CHANNEL || (DIM != 64 && HEADS < 8) ? 8 : 4;
+}
+
 /* Grid (units x splits, head batches). */
 template <int CODE, bool BY_CHANNEL, int DIM, int HEADS>
 static __global__ void __launch_bounds__(ATTENTION_THREADS, HEADS == 8   ? 2
@@ -460,9 +469,7 @@ static __global__ void __launch_bounds__(ATTENTION_THREADS, HEADS == 8   ? 2
     attention_kernel(const __grid_constant__ attention_params p) {
     using Shape = attention_shape<DIM, HEADS>;
     constexpr int LANES = Shape::LANES, WIDTH = Shape::WIDTH, SUBS = Shape::SUBS, CHUNK = Shape::CHUNK,
-                  LOADS = CODE == ROWS_F32                                   ? 2
-                          : CODE == ROWS_BF16 || (HEADS == 8 && !BY_CHANNEL) ? 4
-                                                                             : 8; /* octets under way */
+                  LOADS = octets_under_way<CODE, BY_CHANNEL, DIM, HEADS>();
     __shared__ __align__(16) float queries[WIDTH][HEADS];
     __shared__ __align__(16) float probs[WARPS][BLOCK][HEADS];
     __shared__ __align__(16) float rows[WARPS][HEADS][WIDTH];

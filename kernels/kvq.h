@@ -4,11 +4,11 @@
  * in blocks of RF_KVQ_BLOCK tokens. Three formats:
  *
  *   INT        b = 2, 4 or 8 bits. Asymmetric: scale = (max - min) / (2^b - 1), zero = min, both rounded to IEEE half (saturating
- *              at 65504) before they are used; code = round-half-even((x - zero) / scale) clamped to 0..2^b - 1; x' = zero + scale code. A scale of 0: code 0.
- *              (KIVI, arXiv 2402.02750.)
+ *              at 65504) before they are used; code = round-half-even((x - zero) / scale) clamped to 0..2^b - 1;
+ *              x' = zero + scale code. A scale of 0: code 0. (KIVI, arXiv 2402.02750.)
  *              Keys by channel (keys_by_channel): one scale and zero for a channel of a block (fewer tokens in the last one); a block
- *              is packed once, with all of its tokens; bits of tokens that are not there are those of code 0. Keys by token and values: one for `group` consecutive channels of a token; a
- *              token is packed on its own.
+ *              is packed once, with all of its tokens; bits of tokens that are not there are those of code 0.
+ *              Keys by token and values: one for `group` consecutive channels of a token; a token is packed on its own.
  *   FP8        e4m3 (no infinity, saturating at 448), one scale a token and plane: scale = max |x| / 448 (f32; NaN if there
  *              is one), code = e4m3(x / scale).
  *   DIRECTION  rows of dtype that other layers may share, one length a token, plane and layer: x' = length row. Not packed here:
@@ -108,7 +108,8 @@ typedef struct {
  * from[u * list_stride + i] of the earlier and the later layer, u = a / |a|, w = b / |b|, Omega = arccos(u.w):
  *   e = (sin((1 - t) Omega) u + sin(t Omega) w) / sin Omega        (sin Omega < 1e-4: the half sum, made a unit vector)
  * goes to token first[u] + i of the codes, of length 1, |a| and |b| to the scales of the earlier and the later layer. A row of length 0 has
- * direction e of the other one, length 0 and Omega 0. For keys and values each. angle f32 [2][units][list_stride] or NULL: Omega / pi of keys, values.
+ * direction e of the other one, length 0 and Omega 0. For keys and values each.
+ * angle f32 [2][units][list_stride] or NULL: Omega / pi of keys, values.
  *   k[2], v[2]        planes of the earlier and the later layer, strides as in pack
  *   store.k_scales    of the earlier layer, later_k_scales of the later one; later_v_scales likewise
  *   codes NULL: only angles are written (to choose what stays unmerged). */

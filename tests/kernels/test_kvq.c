@@ -530,7 +530,7 @@ static void check_unpack(const store *s, rf_dtype dtype) {
         for (int64_t u = 0; u < c->units; u++)
             for (int64_t i = 0; i < stride; i++)
                 for (int x = 0; x < c->d; x++)
-                    want[(u * stride + i) * c->d + x] = i < s->lens[u] ? value_of(s, p, u, i, x) : NAN;
+                    want[(u * stride + i) * c->d + x] = i < s->lens[u] ? value_of(s, p, u, i, x) : (double)NAN;
         expect_close(&out[p], want, dtype_bound(dtype), "kvq_unpack", "%s, format %d, %d bits, d %d",
                      p ? "values" : "keys", (int)c->format, c->bits, c->d);
     }
