@@ -448,28 +448,23 @@ static __device__ __forceinline__ float exp_of(float x) {
     return exp2_approx(x * RF_LOG2_E);
 }
 
-/* DIM 0: any head_dim. */
-template <int DIM, int HEADS> struct attention_shape {
+/* DIM 0: any head_dim. LOADS: octets that a lane loads together, as many as leave room for the sums. */
+template <int CODE, bool BY_CHANNEL, int DIM, int HEADS> struct attention_shape {
     static constexpr int LANES = DIM == 64 ? 8 : DIM == 128 ? 16 : 32; /* of a row */
     static constexpr int WIDTH = LANES * 8, SUBS = 32 / LANES, CHUNK = 8 * SUBS /* tokens of 8 passes */;
+    static constexpr int INT_LOADS = BY_CHANNEL || (DIM != 64 && HEADS < 8) ? 8 : 4;
+    static constexpr int ROW_LOADS = CODE == ROWS_F32 || HEADS == 8 ? 2 : 4;
+    static constexpr int LOADS = CODE == ROWS_F32 || CODE == ROWS_BF16 ? ROW_LOADS : INT_LOADS;
+    static constexpr int MIN_BLOCKS = HEADS == 8 ? 2 : HEADS == 4 ? 3 : 4;
 };
-
-/* Octets of a row's or a column's plane that a lane loads together: as many as leave room for the sums. */
-template <int CODE, bool BY_CHANNEL, int DIM, int HEADS> static constexpr int octets_under_way() {
-    if (CODE == ROWS_F32) return 2;
-    if (CODE == ROWS_BF16) return HEADS == 8 ? 2 : 4;
-    return BY_CHANNEL || (DIM != 64 && HEADS < 8) ? 8 : 4;
-}
 
 /* Grid (units x splits, head batches). */
 template <int CODE, bool BY_CHANNEL, int DIM, int HEADS>
-static __global__ void __launch_bounds__(ATTENTION_THREADS, HEADS == 8   ? 2
-                                                            : HEADS == 4 ? 3
-                                                                         : 4)
+static __global__ void __launch_bounds__(ATTENTION_THREADS, attention_shape<CODE, BY_CHANNEL, DIM, HEADS>::MIN_BLOCKS)
     attention_kernel(const __grid_constant__ attention_params p) {
-    using Shape = attention_shape<DIM, HEADS>;
+    using Shape = attention_shape<CODE, BY_CHANNEL, DIM, HEADS>;
     constexpr int LANES = Shape::LANES, WIDTH = Shape::WIDTH, SUBS = Shape::SUBS, CHUNK = Shape::CHUNK,
-                  LOADS = octets_under_way<CODE, BY_CHANNEL, DIM, HEADS>();
+                  LOADS = Shape::LOADS;
     __shared__ __align__(16) float queries[WIDTH][HEADS];
     __shared__ __align__(16) float probs[WARPS][BLOCK][HEADS];
     __shared__ __align__(16) float rows[WARPS][HEADS][WIDTH];
