@@ -347,15 +347,15 @@ static __global__ void __launch_bounds__(decode_shape<HD, ROWS>::THREADS, 2)
     const int64_t kv_offset = (batch * p.kv_batch_stride + head * p.kv_head_stride) * 2,
                   row_bytes = p.kv_row_stride * 2;
     const char *const k_base = (const char *)p.k + kv_offset, *const v_base = (const char *)p.v + kv_offset;
-    auto fetch_row =
-        [&](int j) -> int { /* row of the lane's key of tile j, a tile ahead; -1: none that is seen */
-                            if (!INDEXED || j >= num_tiles || lane >= COPY_KEYS) return -1;
-                            const int row = key_row(p, kv_list, (tile_begin + j) * KEYS + warp * COPY_KEYS + lane, len);
-                            return row < block_limit ? row : -1;
+    auto fetch_row = [&](int j)
+        -> int { /* row of the lane's key of tile j, -1 past the end; a tile ahead: nothing looks at it before load_tile */
+                 if (!INDEXED || j >= num_tiles || lane >= COPY_KEYS) return -1;
+                 return key_row(p, kv_list, (tile_begin + j) * KEYS + warp * COPY_KEYS + lane, len);
     };
     auto load_tile = [&](int j, int stage, int row_of_lane) {
         const uint32_t dst = ring + stage * Shape::STAGE_BYTES;
         if (INDEXED) {
+            if (row_of_lane >= block_limit) row_of_lane = -1; /* seen by no row */
             if (lane < COPY_KEYS)
                 pos_ring[stage * KEYS + warp * COPY_KEYS + lane] = row_of_lane < 0 ? INT_MAX : row_of_lane;
 #pragma unroll
