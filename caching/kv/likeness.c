@@ -49,7 +49,7 @@ rf_status rf_kv_redundancy(float *out, const float *k, int32_t n, int32_t dim, r
         cosines(row, unit, n, dim, i);
         for (int32_t j = 0; j < n; j++) sum[j] += (double)row[j];
     }
-    double most = -INFINITY, total = 0;
+    double most = -HUGE_VAL, total = 0;
     for (int32_t j = 0; j < n; j++) most = fmax(most, sum[j] / n);
     for (int32_t j = 0; j < n; j++) total += sum[j] = exp(sum[j] / n - most);
     for (int32_t j = 0; j < n; j++) out[j] = (float)(sum[j] / total);
