@@ -2,12 +2,13 @@
  *
  * kv_session.c plans a session, takes prompts and reads results; kv_prefill.c runs a prompt layer by layer; kv_measure.c
  * makes what a rule wants to know; kv_blocks.c runs a prompt in blocks, kv_sentences.c cuts sequences into sentences;
- * kv_step.c runs tokens behind it; kv_select.c lets their attention read a few of all slots;
+ * kv_packed.c keeps tokens in few bits; kv_step.c runs tokens behind it; kv_select.c lets their attention read a few of all slots;
  * kv_slide.c keeps positions of a cache whose ends alone stay.
  * Units u = sequence * Hkv + key head: a layer's lists stand in that order. */
 #ifndef RF_DLM_KV_INTERNAL_H
 #define RF_DLM_KV_INTERNAL_H
 
+#include "caching/kv/demote.h"
 #include "dlm/forward_internal.h"
 #include "dlm/kv_session.h"
 #include "dlm/kv_tables.h"
@@ -157,6 +158,7 @@ struct rf_kv_session {
     double moment_rows;
     int32_t *prompt_positions; /* 0, 1, 2, ... */
 
+    struct rf_kv_packed *packed; /* rules that keep few bits, or NULL */
     struct rf_kv_select *select; /* rules that read a few of all slots, or NULL */
 
     rf_graph *graphs[RF_KV_GRAPHS];
@@ -322,6 +324,29 @@ rf_status rf_kv_sentences_prompt(rf_kv_session *s, int sequence, const int32_t *
 rf_status rf_kv_sentences_step(rf_kv_session *s, int first, int num, rf_error *err);
 /* What is known by now. */
 void rf_kv_sentences_show(const rf_kv_session *s, int sequence, rf_kv_stats *stats);
+
+/* --- kv_packed.c --- */
+
+/* For rules that pack (caching/kv/demote.h): session.packed. */
+rf_status rf_kv_packed_create(rf_kv_session *s, rf_error *err);
+void rf_kv_packed_destroy(rf_kv_session *s);
+/* A prompt's rows begin.. of a layer, queries turned in the staging session. Waits, where a rule looks at them. */
+rf_status rf_kv_packed_rows(rf_kv_session *s, int32_t begin, int32_t rows, rf_error *err);
+/* Behind a prompt's layer: chooses, packs, and gives the book its raw slots, whose rows are yet to be copied. */
+rf_status rf_kv_packed_prompt(rf_kv_session *s, int layer, int sequence, int32_t num, const rf_kv_stats *stats,
+                              rf_error *err);
+/* Behind a step's attention to raw slots: that to packed tokens, joined. */
+rf_status rf_kv_packed_attention(rf_kv_session *s, int layer, int first, int num, rf_error *err);
+/* Behind a layer's attention, or behind the step where nothing is measured. *changed: raw slots went. */
+rf_status rf_kv_packed_step(rf_kv_session *s, int layer, int sequence, bool *changed, rf_error *err);
+/* Of all sequences now: packed tokens, and bytes of codes, scales, factors and what rules keep with them. */
+void rf_kv_packed_info(const rf_kv_session *s, int64_t *tokens, size_t *bytes);
+/* Device bytes, stores among them; 0 without. */
+size_t rf_kv_packed_memory(const rf_kv_session *s, size_t *stores);
+/* Tokens of a store; for tests. */
+int32_t rf_kv_packed_count(const rf_kv_session *s, int layer, int sequence, int head, rf_kv_class of);
+rf_kvq_store rf_kv_packed_store(const rf_kv_session *s, int layer, int sequence, rf_kv_class of);
+void rf_kv_packed_positions(const rf_kv_session *s, int sequence, int layer, int head, int32_t *out, int32_t *num);
 
 /* --- kv_step.c --- */
 

@@ -71,7 +71,7 @@ static int32_t count_queries(const rf_kv_session *s, int32_t num) {
 rf_status rf_kv_measure_begin(rf_kv_session *s, const rf_kv_sequence *q, rf_error *err) {
     int32_t num = q->compressed;
     bool decides = q->budget > 0 && (s->rule.schedule != RF_KV_AT_PREFILL || num > q->budget);
-    s->needs = decides ? s->prefill_needs : 0;
+    s->needs = decides || s->packed ? s->prefill_needs : 0;
     if (s->needs == 0 || !is_weighted(s)) return RF_OK;
     bool probes = s->rule.queries == RF_KV_QUERIES_PROBES, decays = s->rule.reduce == RF_KV_REDUCE_DECAY;
     int32_t end = num + s->extra_rows;

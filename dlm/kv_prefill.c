@@ -124,6 +124,7 @@ rf_status rf_kv_chunk_layer(rf_kv_session *s, int layer, const rf_kv_chunk *c, c
     if ((s->needs & RF_KV_NEED_GATE) && !c->pseudo)
         RF_TRY(rf_kv_gate_prompt(s, layer, stage->b.h, c->begin, c->rows, err));
     if (s->select && !c->pseudo) RF_TRY(rf_kv_select_rows(s, num, c->begin, c->rows, err));
+    if (s->packed) RF_TRY(rf_kv_packed_rows(s, c->begin, c->rows, err));
     bool measures = rf_kv_measures_rows(s, num, c->begin, c->rows, c->pseudo);
     if (measures || goes_on || s->probe) {
         RF_TRY(rf_text_attend(&run, layer, run.shape.rows, s->lse, err));
@@ -162,6 +163,8 @@ rf_status rf_kv_copy_kept(rf_kv_session *s, int layer, int sequence, const int32
     if (!s->ahead) RF_TRY(rf_kv_wait(s, err));
     for (int h = 0; h < s->num_kv_heads; h++) {
         const rf_kv_head *head = rf_kv_book_head(q->book, layer, h);
+        counts[h] = head->num;
+        if (head->num == 0) continue;
         memcpy(from + h * stride, head->position, (size_t)head->num * sizeof *from);
         for (int32_t i = 0, row = 0; plane && i < head->num; i++) { /* both ascend */
             while (plane[h * plane_stride + row] != head->position[i]) row++;
@@ -171,7 +174,6 @@ rf_status rf_kv_copy_kept(rf_kv_session *s, int layer, int sequence, const int32
         /* Heads end together: the newest slot of each stands before the next token. */
         for (int32_t i = 0; delta && i < head->num; i++)
             turn[h * stride + i] = most - head->num + i - head->position[i];
-        counts[h] = head->num;
     }
     if (delta) q->shift[layer] = most - q->compressed;
     if (s->ahead) RF_TRY(rf_stream_mark(s->stream, MARK_CHOSEN + layer % MARKS, err));
@@ -208,6 +210,7 @@ static rf_status choose(rf_kv_session *s, int layer, int sequence, const int32_t
     const int32_t *received = rf_kv_book_received(s->sequences[sequence].book, layer, &num_received);
     RF_TRY(rf_kv_measure_layer(s, layer, num, &stats, err));
     RF_TRY(rf_kv_book_prefill(s->sequences[sequence].book, layer, num, &stats, err));
+    if (s->packed) RF_TRY(rf_kv_packed_prompt(s, layer, sequence, num, &stats, err));
     RF_TRY(rf_kv_mean_prompt(s, layer, sequence, num, err));
     RF_TRY(rf_kv_join_prompt(s, layer, sequence, num, err));
     RF_TRY(rf_kv_copy_kept(s, layer, sequence, received, 0, num, err));

@@ -34,14 +34,20 @@ static size_t max_size(size_t a, size_t b) {
 
 static rf_status check_rule(const rf_kv_rule *r, rf_error *err) {
     RF_TRY(rf_kv_rule_check(r, err));
-    static const char *const actions[RF_KV_ACTION_COUNT] = {[RF_KV_DEMOTE] = "demote", [RF_KV_SHARE] = "share"};
-    if (actions[r->action] != NULL)
-        return rf_fail(err, RF_ERR_UNSUPPORTED, "kv rule %s: action %s has no implementation in this executor yet",
-                       r->method, actions[r->action]);
     if (rf_kv_needs_step(r) & (RF_KV_NEED_EXPECTED | RF_KV_NEED_WO))
         return rf_fail(err, RF_ERR_UNSUPPORTED,
                        "kv rule %s: expected attention and output weights are measured behind a prompt only",
                        r->method);
+    return RF_OK;
+}
+
+/* What is packed stays, unless a rule ranks its tokens. */
+static rf_status check_packed_budget(const rf_kv_rule *r, int32_t budget, double ratio, rf_error *err) {
+    if (!rf_kv_packs(r) || rf_kv_packs_under_budget(r)) return RF_OK;
+    if (budget > 0 || (ratio > 0.0 && ratio < 1.0))
+        return rf_fail(err, RF_ERR_UNSUPPORTED,
+                       "kv rule %s keeps every token, in few bits: a budget of %d tokens, ratio %g is not for it",
+                       r->method, (int)budget, ratio);
     return RF_OK;
 }
 
@@ -71,7 +77,8 @@ static rf_status check_options(const rf_text_model *model, rf_kv_session_options
                            (int)o->external[i], (long long)model->desc.vocab - 1);
     if (o->prefill_chunk == 0) o->prefill_chunk = 1024;
     if (o->prefill_chunk > o->max_prompt) o->prefill_chunk = o->max_prompt;
-    return check_rule(&o->rule, err);
+    RF_TRY(check_rule(&o->rule, err));
+    return check_packed_budget(&o->rule, o->budget, o->ratio, err);
 }
 
 /* What a rule protects: no budget is smaller. */
@@ -84,7 +91,7 @@ static int32_t least_budget(const rf_kv_rule *r) {
 
 /* Tokens of a budget for a prompt of num: 0 = no limit. */
 static int32_t resolve_budget(const rf_kv_rule *r, int32_t budget, double ratio, int32_t num) {
-    if (r->score == RF_KV_SCORE_NONE) return 0;
+    if (r->score == RF_KV_SCORE_NONE || (rf_kv_packs(r) && !rf_kv_packs_under_budget(r))) return 0;
     if (budget > 0) return budget;
     if (r->action == RF_KV_SELECT && ratio <= 0.0) { /* the rule's own size */
         int64_t own = (int64_t)r->init + r->select + r->local;
@@ -134,7 +141,9 @@ static int64_t list_stride(const rf_kv_session *s) {
     const rf_kv_rule *r = &s->rule;
     int64_t more = drafts(r) && r->drafts > s->options.max_new ? r->drafts : s->options.max_new;
     int64_t most = min64((int64_t)s->options.max_prompt + more, s->pool_rows);
-    if (r->score == RF_KV_SCORE_NONE || r->alloc != RF_KV_ALLOC_UNIFORM || r->skip_layers > 0) return most;
+    if (r->score == RF_KV_SCORE_NONE || r->alloc != RF_KV_ALLOC_UNIFORM || r->skip_layers > 0 ||
+        r->action == RF_KV_SHARE)
+        return most;
     int64_t mean = s->pool_rows / ((int64_t)s->num_layers * s->num_kv_heads) + 1;
     return min64(most, mean);
 }
@@ -504,6 +513,7 @@ static rf_status create(rf_kv_session *s, bool may_use_device, bool may_overlap,
     for (int b = 0; b < s->batch && s->slides; b++) rf_kv_slide_start(s, b);
     RF_TRY(rf_kv_sentences_open(s, err));
     RF_TRY(rf_kv_blocks_open(s, err));
+    if (rf_kv_packs(&s->rule)) RF_TRY(rf_kv_packed_create(s, err));
     return s->host ? RF_OK : rf_kv_plan_steps(s, err);
 }
 
@@ -545,6 +555,7 @@ void rf_kv_session_destroy(rf_kv_session *s) {
     if (s->stage) rf_kv_wait(s, NULL);
     for (int i = 0; i < RF_KV_GRAPHS; i++) rf_graph_destroy(s->graphs[i]);
     rf_kv_select_destroy(s);
+    rf_kv_packed_destroy(s);
     for (int b = 0; s->sequences && b < s->batch; b++) {
         rf_kv_book_destroy(s->sequences[b].book);
         rf_kv_book_destroy(s->sequences[b].draft_book);
@@ -659,7 +670,8 @@ rf_status rf_kv_upload_lists(rf_kv_session *s, int sequence, int first, int end,
             if (head->num > s->stride)
                 return rf_fail(err, RF_ERR_STATE, "layer %d, key head %d keeps %d slots, lists have room for %lld", l,
                                h, head->num, (long long)s->stride);
-            memcpy(s->host_rows + (unit + h) * s->stride, head->row, (size_t)head->num * sizeof(int32_t));
+            if (head->num > 0)
+                memcpy(s->host_rows + (unit + h) * s->stride, head->row, (size_t)head->num * sizeof(int32_t));
             s->host_lens[unit + h] = head->num;
         }
         for (int h = 0; h < s->num_kv_heads; h++) {
@@ -758,6 +770,7 @@ rf_status rf_kv_session_prefill(rf_kv_session *s, int32_t sequence, const int32_
     if (budget < 0 || !(ratio >= 0.0 && ratio <= 1.0))
         return rf_fail(err, RF_ERR_ARGUMENT, "a budget of %d tokens, ratio %g: expected 0 or more, 0..1", (int)budget,
                        ratio);
+    RF_TRY(check_packed_budget(&s->rule, budget, ratio, err));
     bool given = budget > 0 || ratio > 0.0;
     int32_t wanted =
         resolve_budget(&s->rule, given ? budget : s->default_budget, given ? ratio : s->options.ratio, compressed);
@@ -859,11 +872,17 @@ rf_kv_session_info rf_kv_session_get_info(const rf_kv_session *s) {
                 info.kept_slots +=
                     s->on_device ? q->lens[l * s->num_kv_heads + h] : rf_kv_book_head(q->book, l, h)->num;
     }
+    int64_t raw_slots = info.kept_slots, packed = 0;
+    size_t packed_bytes = 0, packed_stores;
+    if (s->packed) rf_kv_packed_info(s, &packed, &packed_bytes);
+    info.kept_slots += packed;
     size_t slot = 2 * (size_t)s->head_dim * rf_kv_elem(s);
     /* row and position of a slot, and what rules keep with it */
     size_t list = s->rule.score == RF_KV_SCORE_NONE ? sizeof(int32_t) : 2 * sizeof(int32_t);
-    if (s->rule.score != RF_KV_SCORE_NONE && s->rule.schedule != RF_KV_AT_PREFILL && !s->select) list += sizeof(float);
-    info.kept_bytes = (size_t)info.kept_slots * (slot + list) + rf_kv_select_bytes(s);
+    if (s->rule.score != RF_KV_SCORE_NONE && s->rule.schedule != RF_KV_AT_PREFILL && !s->select &&
+        !(s->packed && s->step_needs == 0))
+        list += sizeof(float);
+    info.kept_bytes = (size_t)raw_slots * (slot + list) + packed_bytes + rf_kv_select_bytes(s);
     if (s->rule.action == RF_KV_COMPENSATE)
         for (int b = 0; b < s->batch; b++)
             info.kept_bytes += s->sequences[b].ready ? (size_t)heads * (slot + sizeof(float)) : 0;
@@ -871,10 +890,10 @@ rf_kv_session_info rf_kv_session_get_info(const rf_kv_session *s) {
         if (s->sequences[b].ready && rf_kv_wants_sentences(s, b))
             info.kept_bytes += rf_kv_sentences_bytes(s->sequences[b].sentences);
     info.full_bytes = (size_t)info.full_slots * slot;
-    info.pool_bytes = s->pool_bytes;
     info.staging_bytes = s->stage->cache_bytes;
-    info.arena_bytes = s->memory_bytes + s->stage->memory_bytes +
+    info.arena_bytes = s->memory_bytes + rf_kv_packed_memory(s, &packed_stores) + s->stage->memory_bytes +
                        (s->logits ? (size_t)s->batch * (size_t)s->model->desc.vocab * sizeof(float) : 0);
+    info.pool_bytes = s->pool_bytes + packed_stores;
     return info;
 }
 
@@ -892,6 +911,10 @@ rf_status rf_kv_session_read_positions(rf_kv_session *s, int32_t sequence, int l
                        head);
     const rf_kv_sequence *q = &s->sequences[sequence];
     if (!q->ready) return rf_fail(err, RF_ERR_STATE, "sequence %d has no prompt", (int)sequence);
+    if (s->packed) {
+        rf_kv_packed_positions(s, sequence, layer, head, out, num);
+        return RF_OK;
+    }
     if (!s->on_device) {
         const rf_kv_head *h = rf_kv_book_head(q->book, layer, head);
         memcpy(out, h->position, (size_t)h->num * sizeof *out);

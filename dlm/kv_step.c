@@ -229,7 +229,13 @@ static bool decides_late(const rf_kv_session *s) {
 static rf_status decide(rf_kv_session *s, int layer, int first, int num, rf_error *err) {
     double began = rf_kv_now_ms();
     for (int b = first; b < first + num; b++) {
-        if (s->sequences[b].budget == 0) continue;
+        if (s->sequences[b].budget == 0 && !s->packed) continue;
+        if (s->packed) {
+            bool released;
+            RF_TRY(rf_kv_packed_step(s, layer, b, &released, err));
+            if (released) RF_TRY(rf_kv_upload_lists(s, b, layer, layer + 1, err));
+            continue;
+        }
         rf_kv_stats stats = {.stride = s->stats_stride, .head_dim = s->head_dim};
         bool changed = false;
         if (s->step_needs & rf_kv_book_step_needs(s->sequences[b].book, layer))
@@ -278,6 +284,7 @@ static rf_status queue_layer(rf_kv_session *s, int layer, int first, int num, in
     }
     RF_TRY(s->ops->attention(s->stream, &attention, err));
     RF_TRY(rf_kv_join_mean(s, layer, first, num, err));
+    if (s->packed && s->rule.score != RF_KV_SCORE_NONE) RF_TRY(rf_kv_packed_attention(s, layer, first, num, err));
     if (s->on_device)
         RF_TRY(evict_all(s, layer, first, num, kv_len, err));
     else if (s->step_needs)

@@ -15,6 +15,7 @@
  * Actions SELECT, DEMOTE and SHARE keep everything here: what is read, in how many bits, is the runtime's. COMPENSATE drops as DROP
  * does (prefill only): the runtime knows the prompt's positions that are not kept. */
 #include "caching/kv/book.h"
+#include "caching/kv/demote.h"
 
 #include <float.h>
 #include <math.h>
@@ -109,9 +110,24 @@ static int64_t most_of_pyramid(const rf_kv_rule *rule, const rf_kv_shape *shape,
     return most;
 }
 
+/* SHARE: pairs keep what is not merged, and what follows the prompt. */
+static int64_t rows_beside_shared(const rf_kv_rule *rule, const rf_kv_shape *shape) {
+    int64_t rows = 0, whole = (int64_t)shape->max_prompt + shape->max_new;
+    int64_t kept = min64(2 * (int64_t)ceil(rule->high_share * shape->max_prompt), shape->max_prompt) + shape->max_new;
+    for (int l = 0; l < shape->num_layers; l++) {
+        bool paired = rf_kv_share_earlier(shape->num_layers, l) || rf_kv_share_later(shape->num_layers, l);
+        rows += paired ? kept : whole;
+    }
+    return rows * shape->num_kv_heads;
+}
+
 int64_t rf_kv_pool_rows(const rf_kv_rule *rule, const rf_kv_shape *shape, int32_t budget) {
     int64_t layers = shape->num_layers, heads = shape->num_kv_heads, all = layers * heads;
     int64_t whole = (int64_t)shape->max_prompt + shape->max_new, full = all * whole;
+    if (rf_kv_packs(rule)) {
+        if (rule->action == RF_KV_SHARE) return rows_beside_shared(rule, shape);
+        return all * rf_kv_demote_rooms(rule, shape, budget).raw;
+    }
     if (budget <= 0 || drops_nothing(rule) || budget >= whole) return full;
     int64_t growth = min64(rf_kv_growth(rule, shape), shape->max_new), rows = all * budget;
     int64_t skip = min32(rule->skip_layers, shape->num_layers);
@@ -786,7 +802,7 @@ rf_status rf_kv_book_prefill(rf_kv_book *book, int layer, int32_t num_tokens, co
     }
     if (decides) {
         RF_TRY(cut_prompt(book, layer, num_tokens, stats, err));
-    } else {
+    } else if (!rf_kv_packs(rule)) {
         RF_TRY(keep_all(book, layer, num_tokens, err));
     }
     book->layers_done++;
@@ -857,6 +873,25 @@ rf_status rf_kv_book_prefill_block(rf_kv_book *book, int layer, int32_t begin, i
     book->info.seen += (int64_t)num * heads;
     book->info.plan_ms += now_ms() - since;
     return RF_OK;
+}
+
+rf_status rf_kv_book_place(rf_kv_book *book, int layer, const int32_t *positions, const int32_t *counts, int64_t stride,
+                           rf_error *err) {
+    int heads = book->shape.num_kv_heads;
+    if (!rf_kv_packs(&book->rule) || layer < 0 || layer >= book->layers_done)
+        return rf_fail(err, RF_ERR_STATE, "kv book: slots of layer %d are not for the runtime to place", layer);
+    for (int h = 0; h < heads; h++) {
+        if (rf_kv_head_of(book, layer, h)->num > 0)
+            return rf_fail(err, RF_ERR_STATE, "kv book: layer %d has its slots already", layer);
+        RF_TRY(fill(book, layer, h, book->num_prompt, positions + h * stride, counts[h], NULL, err));
+    }
+    return give_rows(book, layer, err);
+}
+
+void rf_kv_book_release(rf_kv_book *book, int layer, int head, const int32_t *keep, int32_t count) {
+    int64_t evictions = book->info.evictions;
+    rf_kv_cut(book, layer, head, keep, count);
+    book->info.evictions = evictions;
 }
 
 /* ---- tokens ---- */

@@ -162,7 +162,8 @@ typedef struct {
     double sentence_threshold; /* SkipKV: the cosine from which on it is */
     double redundancy;         /* SkipKV: sigma: sigma x attention - (1 - sigma) x redundancy of keys; 0 = off */
     int32_t bits, low_bits, group_size, residual; /* DEMOTE */
-    double high_share;                            /* DEMOTE: part at `bits`, the rest at low_bits */
+    double high_share; /* DEMOTE: part at `bits`, the rest at low_bits; SHARE: part unmerged */
+    bool fp8;          /* DEMOTE: what is packed at low_bits=8 is e4m3 */
     rf_kv_selector selector;
     int32_t select, init,
         local;           /* SELECT: read so many, and always the first and last; under a budget: in proportion */
@@ -295,6 +296,12 @@ rf_status rf_kv_book_step(rf_kv_book *book, int layer, const rf_kv_stats *stats,
 const rf_kv_head *rf_kv_book_head(const rf_kv_book *book, int layer, int head);
 int32_t rf_kv_book_most(const rf_kv_book *book, int layer); /* slots of the longest head */
 const rf_kv_join *rf_kv_book_joins(const rf_kv_book *book, int layer, int head, int32_t *num);
+/* Rules that pack (caching/kv/demote.h): a prompt keeps nothing by itself. Positions [Hkv][stride], counts [Hkv], ascending, of a layer
+ * whose prompt is in: they become its slots, with rows. */
+rf_status rf_kv_book_place(rf_kv_book *book, int layer, const int32_t *positions, const int32_t *counts, int64_t stride,
+                           rf_error *err);
+/* Slots keep[0..count) of a head stay; the rows of the others are free. Not counted as evictions. */
+void rf_kv_book_release(rf_kv_book *book, int layer, int head, const int32_t *keep, int32_t count);
 typedef struct {
     int64_t kept, seen; /* slots now, and slots that a full cache would have; all layers and heads */
     int64_t evictions;

@@ -87,17 +87,18 @@ static const row rows[] = {
      "score=gate,schedule=high,buffer=32,alloc=flat-all"},
     {{"attention-gate", "learned flags before attention", "Attention-Gate, arXiv 2410.12876"}, "score=gate"},
     {{"kivi", "keys by channel and values by token in 2 or 4 bits", "KIVI, arXiv 2402.02750"},
-     "score=position,action=demote,bits=4,low_bits=4,group_size=32,residual=32"},
+     "score=position,action=demote,bits=4,low_bits=4,group_size=32,residual=32,schedule=step"},
     {{"zipcache", "salient tokens in 4 bits, the others in 2", "ZipCache, arXiv 2405.14256"},
      "score=attention,queries=probes,probe_recent=0.05,probe_random=0.05,reduce=visible,action=demote,bits=4,low_bits="
-     "2,high_share=0.6,"
+     "2,high_share=0.6,group=sum,group_size=256,"
      "schedule=every,every=100"},
     {{"mikv", "what would be dropped stays in few bits", "MiKV, arXiv 2402.18096"},
      "score=attention,queries=all,reduce=sum,recents=-1,action=demote,bits=16,low_bits=2,high_share=0.2,schedule=step"},
     {{"arkv", "full, 8 bits or gone", "ARKV"},
-     WINDOW_OF(32) ",reduce=meanvar,gamma=200,pool=avg,pool_size=5,action=demote,bits=16,low_bits=8,schedule=step"},
+     WINDOW_OF(32) ",reduce=meanvar,gamma=263.81,pool=avg,pool_size=5,alloc=cake,tau1=7.774,tau2=5.407,action=demote,"
+                   "bits=16,low_bits=8,fp8=true,high_share=1,schedule=step"},
     {{"minicache", "neighbouring layers share directions", "MiniCache, arXiv 2405.14366"},
-     "score=position,action=share"},
+     "score=position,action=share,high_share=0.05"},
     {{"tokenselect", "all stay; the few that all heads of a layer vote for are read", "TokenSelect, arXiv 2411.02886"},
      "score=attention,queries=last,action=select,schedule=step,selector=vote,init=128,local=512,select=2048"},
     {{"fasa", "all stay; the best by a head's few most telling rotary pairs are read", "FASA"},

@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "caching/kv/demote.h"
 #include "caching/kv/kv_internal.h"
 #include "core/text.h"
 
@@ -83,7 +84,8 @@ static const key keys[] = {
     INT("low_bits", low_bits, "2", 1, 16, "the rest"),
     INT("group_size", group_size, "32", 1, 4096, "elements that share a scale"),
     INT("residual", residual, "32", 0, 1048576, "newest tokens in full"),
-    REAL("high_share", high_share, "0.5", 0, 1, "the better part"),
+    REAL("high_share", high_share, "0.5", 0, 1, "the better part; of action=share: what is not merged"),
+    FLAG("fp8", fp8, "low_bits=8 is e4m3, not integers"),
     CHOICE("selector", selector, "vote", "vote pairs sentences pages", "of action=select: what is ranked"),
     INT("select", select, "256", 1, 1048576, "of action=select: tokens read (a budget counts init and local too)"),
     INT("init", init, "4", 0, 1048576, "first ones always read"),
@@ -412,9 +414,8 @@ rf_status rf_kv_rule_check(const rf_kv_rule *r, rf_error *err) {
                                           r->alloc == RF_KV_ALLOC_CAKE || r->alloc == RF_KV_ALLOC_FLAT_ALL))
         return missing(
             r, "action=compensate wants schedule=prefill,position=original and a budget known with each layer", err);
-    if (r->action == RF_KV_DEMOTE) return missing(r, "demotion to fewer bits is not implemented yet", err);
+    if (rf_kv_packs(r)) return rf_kv_demote_check(r, err);
     if (r->action == RF_KV_SELECT) return check_select(r, err);
-    if (r->action == RF_KV_SHARE) return missing(r, "sharing between layers is not implemented yet", err);
     if (r->sentence_penalty > 0 || r->redundancy > 0) RF_TRY(check_likeness(r, err));
     if (r->position == RF_KV_POSITION_DELTA && r->schedule != RF_KV_AT_PREFILL)
         return missing(r, "position=delta goes with schedule=prefill (while decoding: position=cache)", err);
@@ -490,6 +491,7 @@ unsigned rf_kv_needs_prefill(const rf_kv_rule *r) {
         if (r->value == RF_KV_VALUE_WO) needs |= RF_KV_NEED_WO;
     }
     if (r->value == RF_KV_VALUE_NORM) needs |= RF_KV_NEED_VALUE_NORM;
+    if (r->action == RF_KV_SHARE) return 0;
     if (r->alloc == RF_KV_ALLOC_CAKE) needs |= RF_KV_NEED_SUM | RF_KV_NEED_SQUARES | RF_KV_NEED_ENTROPY;
     if (merges(r) || r->redundancy > 0) needs |= RF_KV_NEED_KV;
     if (r->sentence_penalty > 0) needs |= RF_KV_NEED_HIDDEN;

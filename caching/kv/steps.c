@@ -18,6 +18,7 @@
  *                              gap = that - position, for when in the window it was is not measured
  *   tree                       sum of p and queries since insertion; the prompt: the window's that see the key */
 #include "caching/kv/book.h"
+#include "caching/kv/demote.h"
 
 #include <math.h>
 #include <string.h>
@@ -304,6 +305,7 @@ static bool watches(const rf_kv_book *book, int layer) {
 }
 
 unsigned rf_kv_book_step_needs(const rf_kv_book *book, int layer) {
+    if (rf_kv_packs(&book->rule)) return rf_kv_needs_step(&book->rule); /* the runtime follows */
     unsigned needs = book->keeps_all || book->budget == 0 ? 0 : rf_kv_needs_step(&book->rule);
     bool likeness = book->rule.redundancy > 0 || book->rule.sentence_penalty > 0;
     if (!watches(book, layer)) needs &= ~(unsigned)(RF_KV_NEED_SUM | RF_KV_NEED_REMOVAL);

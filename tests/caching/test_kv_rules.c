@@ -103,9 +103,9 @@ static bool same_rule(const rf_kv_rule *a, const rf_kv_rule *b) {
                 a->pseudo == b->pseudo && a->with_window == b->with_window && a->ladder_span == b->ladder_span &&
                 a->ladder_overlap == b->ladder_overlap && a->future == b->future && a->page == b->page &&
                 a->bits == b->bits && a->low_bits == b->low_bits && a->group_size == b->group_size &&
-                a->residual == b->residual && a->select == b->select && a->init == b->init && a->local == b->local &&
-                a->select_dims == b->select_dims && a->seed == b->seed && a->tsp_layer == b->tsp_layer &&
-                a->block == b->block && a->selector == b->selector &&
+                a->residual == b->residual && a->fp8 == b->fp8 && a->select == b->select && a->init == b->init &&
+                a->local == b->local && a->select_dims == b->select_dims && a->seed == b->seed &&
+                a->tsp_layer == b->tsp_layer && a->block == b->block && a->selector == b->selector &&
                 memcmp(a->delimiters, b->delimiters, sizeof a->delimiters) == 0;
     return parts && kept && rest && memcmp(x, y, sizeof x) == 0;
 }
@@ -188,7 +188,24 @@ START_TEST(wrong_words_are_named) {
 END_TEST
 
 START_TEST(parts_that_do_not_go_together_are_refused) {
-    static const char *const specs[] = {"kivi",
+    static const char *const specs[] = {"kivi:position=cache",
+                                        "kivi:bits=3",
+                                        "kivi:residual=48",
+                                        "kivi:sinks=4",
+                                        "kivi:schedule=high",
+                                        "kivi:fp8=true",
+                                        "zipcache:value=norm",
+                                        "zipcache:low_bits=5",
+                                        "mikv:bits=12",
+                                        "mikv:score=position",
+                                        "mikv:alloc=pyramid",
+                                        "arkv:low_bits=4",
+                                        "arkv:queries=drafted",
+                                        "mikv:block=64",
+                                        "arkv:tsp_share=0.5",
+                                        "minicache:schedule=step",
+                                        "score=knorm,action=demote",
+                                        "score=attention,action=share",
                                         "attention-gate",
                                         "h2o:action=compensate",
                                         "tokenselect:alloc=pyramid",

@@ -1118,7 +1118,9 @@ def main():
                         "epicache": "prompts in blocks: tests/dlm/test_kv_session.c states them", "razor": "not stated here yet", "trimkv": "not stated here yet",
                         "global-retention": "not stated here yet", "tokenselect": "not stated here yet",
                         "fasa": "not stated here yet", "sentencekv": "not stated here yet",
-                        "icecache": "not stated here yet"}}
+                        "icecache": "not stated here yet",
+                        **{name: "stated in tests/caching/test_kv_demote.c"
+                           for name in ("kivi", "zipcache", "mikv", "arkv", "minicache")}}}
     lines = ["{"] + [f"{json.dumps(k)}: {json.dumps(v)}," for k, v in head.items()]
     lines += ['"parts": {', ",\n".join(f"{json.dumps(k)}: [\n" + ",\n".join(json.dumps(v) for v in vs) + "]"
                                       for k, vs in pieces.items()), "},", '"cases": [']
