@@ -234,6 +234,74 @@ START_TEST(a_step_attends_to_raw_and_packed_tokens) {
 }
 END_TEST
 
+/* The first layer's keys are those of the plain cache: packed tokens are near those of the positions that are kept and not raw. */
+START_TEST(packed_tokens_are_those_of_their_positions) {
+    enum { PROMPT = 90, MORE = 100, D = 32 };
+    static const struct {
+        const char *spec;
+        int32_t budget;
+    } cases[] = {{"arkv:window=8,high_share=0.4", 50},
+                 {"arkv:window=8,high_share=0.2,schedule=every,every=9", 40},
+                 {"mikv:low_bits=8", 60},
+                 {"zipcache:every=30,bits=8,low_bits=8", 0},
+                 {"kivi:bits=8", 0}};
+    fixture f = open_model("text-qwen3");
+    int32_t tokens[PROMPT + MORE], positions[PROMPT + MORE], num;
+    draw_tokens(tokens, PROMPT + MORE, 9);
+    rf_kv_session *plain = open_session(&f, "none", 0, 1, PROMPT, MORE);
+    rf_kv_session *s = open_session(&f, cases[_i].spec, cases[_i].budget, 1, PROMPT, MORE);
+    rf_assert_ok(rf_kv_session_prefill(plain, 0, tokens, PROMPT, 0, 0, 0.0, &f.err), f.err);
+    rf_assert_ok(rf_kv_session_prefill(s, 0, tokens, PROMPT, 0, 0, 0.0, &f.err), f.err);
+    for (int32_t i = 0; i < MORE; i++) {
+        rf_assert_ok(rf_kv_session_step(plain, tokens + PROMPT + i, &f.err), f.err);
+        rf_assert_ok(rf_kv_session_step(s, tokens + PROMPT + i, &f.err), f.err);
+    }
+    int wrong = 0, packed = 0;
+    for (int h = 0; h < KV_HEADS; h++) {
+        uint8_t left[PROMPT + MORE] = {0};
+        const rf_kv_head *all = rf_kv_book_head(plain->sequences[0].book, 0, h);
+        const rf_kv_head *raw = rf_kv_book_head(s->sequences[0].book, 0, h);
+        rf_assert_ok(rf_kv_session_read_positions(s, 0, 0, h, positions, &num, &f.err), f.err);
+        for (int32_t i = 0; i < num; i++) left[positions[i]] = 1;
+        for (int32_t i = 0; i < raw->num; i++) left[raw->position[i]] = 0;
+        for (int which = RF_KV_HIGH; which <= RF_KV_LOW; which++) {
+            static float k[KV_HEADS * MOST * D], v[KV_HEADS * MOST * D];
+            int32_t lens[KV_HEADS] = {0}, len = rf_kv_packed_count(s, 0, 0, h, (rf_kv_class)which);
+            lens[h] = len;
+            rf_kvq_unpack_args u = {.store = rf_kv_packed_store(s, 0, 0, (rf_kv_class)which),
+                                    .lens = lens,
+                                    .units = KV_HEADS,
+                                    .most = len,
+                                    .k_out = k,
+                                    .v_out = v,
+                                    .out_dtype = RF_DTYPE_F32,
+                                    .out_stride = MOST};
+            if (len > 0) rf_assert_ok(s->ops->kvq_unpack(s->stream, &u, &f.err), f.err);
+            for (int32_t i = 0; i < len; i++) {
+                double least = INFINITY;
+                int32_t nearest = 0;
+                for (int32_t j = 0; j < all->num; j++) {
+                    int64_t row = (int64_t)all->row[j] * D;
+                    double off = distance((float *)(void *)plain->k_pool + row, k + (h * MOST + i) * D, D) +
+                                 distance((float *)(void *)plain->v_pool + row, v + (h * MOST + i) * D, D);
+                    if (off < least) nearest = all->position[j];
+                    if (off < least) least = off;
+                }
+                wrong += least > 0.1 || !left[nearest];
+                left[nearest] = 0;
+            }
+            packed += len;
+        }
+        for (int32_t i = 0; i < PROMPT + MORE; i++) wrong += left[i];
+    }
+    ck_assert_int_eq(wrong, 0);
+    ck_assert_int_gt(packed, 20);
+    rf_kv_session_destroy(plain);
+    rf_kv_session_destroy(s);
+    close_model(&f);
+}
+END_TEST
+
 START_TEST(a_batch_is_its_sequences) {
     enum { BATCH = 3, MORE = 45 };
     static const struct {
@@ -458,6 +526,7 @@ int main(void) {
     tcase_add_loop_test(tc, more_bits_are_nearer, 0, 2);
     tcase_add_loop_test(tc, methods_are_near, 0, 7);
     tcase_add_loop_test(tc, a_step_attends_to_raw_and_packed_tokens, 0, 5);
+    tcase_add_loop_test(tc, packed_tokens_are_those_of_their_positions, 0, 5);
     tcase_add_loop_test(tc, a_batch_is_its_sequences, 0, 5);
     tcase_add_test(tc, bytes_are_counted_by_hand);
     tcase_add_test(tc, budgets_of_prompts_are_those_of_sessions);
