@@ -346,6 +346,8 @@ size_t rf_kv_packed_memory(const rf_kv_session *s, size_t *stores);
 /* Tokens of a store; for tests. */
 int32_t rf_kv_packed_count(const rf_kv_session *s, int layer, int sequence, int head, rf_kv_class of);
 rf_kvq_store rf_kv_packed_store(const rf_kv_session *s, int layer, int sequence, rf_kv_class of);
+/* Sum of the scores of what a head has and may lose; for tests. */
+double rf_kv_packed_received(const rf_kv_session *s, int layer, int sequence, int head);
 void rf_kv_packed_positions(const rf_kv_session *s, int sequence, int layer, int head, int32_t *out, int32_t *num);
 
 /* --- kv_step.c --- */

@@ -3,7 +3,7 @@
  * The book's slots are the raw tokens of a head; beside them lie stores HIGH and LOW of kernels/kvq.h, which get rows from the staging
  * planes behind a prompt and from the pool while decoding. A step attends to the raw slots, then to each store, and joins the
  * results: the joined log-sum is the one that measurements see. Which token goes where is caching/kv/demote.h's.
- * A store's tokens stand in order of arrival. Under a budget those of LOW may go: a new one takes the place, or the last one does.
+ * A store's tokens stand in order of arrival. Under a budget those of LOW may go: a new one takes the place.
  * share: the earlier layer's planes are copied aside until the later one's prompt is in; then both get their slots. */
 #include <math.h>
 #include <string.h>
@@ -458,21 +458,6 @@ static rf_status demote_prompt(rf_kv_session *s, int layer, int sequence, int32_
 
 /* --- while decoding, and layers whose part shrinks as later ones are known ------------------------------------------------- */
 
-/* Code bytes and scales of LOW's token `from` over those of `to`. By token. */
-static rf_status move_packed(rf_kv_session *s, int layer, int sequence, int head, int32_t to, int32_t from,
-                             rf_error *err) {
-    rf_kvq_store t = store_at(s, LOW, layer, sequence);
-    size_t codes = t.format == RF_KVQ_FP8 ? (size_t)t.head_dim : (size_t)(t.head_dim * t.bits / 8);
-    size_t scales = t.format == RF_KVQ_FP8 ? sizeof(float) : (size_t)(t.head_dim / t.group) * 4;
-    char *planes[] = {t.k_codes, t.v_codes, t.k_scales, t.v_scales};
-    for (int i = 0; i < 4; i++) {
-        char *base = planes[i] + head * (i < 2 ? t.codes_stride : t.scales_stride);
-        size_t bytes = i < 2 ? codes : scales;
-        RF_TRY(rf_stream_copy(s->stream, base + (size_t)to * bytes, base + (size_t)from * bytes, bytes, err));
-    }
-    return RF_OK;
-}
-
 /* Of one head: LOW's tokens in order of position among the raw ones. Returns how many there are; ids: raw slot i as i, packed token
  * i as -1 - i. */
 static int32_t list_tokens(const rf_kv_session *s, int layer, int sequence, int head, int32_t *ids, float *score) {
@@ -498,22 +483,6 @@ static int32_t list_tokens(const rf_kv_session *s, int layer, int sequence, int 
     }
     for (int32_t i = 0; i < low; i++) x->at[positions[i]] = 0;
     return num;
-}
-
-/* Holes of LOW that no new token fills are filled by the last ones. */
-static rf_status close_holes(rf_kv_session *s, int layer, int sequence, int head, int32_t *holes, int32_t num,
-                             rf_error *err) {
-    struct rf_kv_packed *x = s->packed;
-    int64_t unit = rf_kv_unit_at(s, layer, sequence) + head, base = unit * x->room[LOW];
-    int32_t *len = lens_of(s, LOW, unit);
-    for (int32_t i = num; i-- > 0;) { /* the last hole first: behind it there are none */
-        int32_t last = --*len;
-        if (holes[i] == last) continue;
-        RF_TRY(move_packed(s, layer, sequence, head, holes[i], last, err));
-        x->low_positions[base + holes[i]] = x->low_positions[base + last];
-        x->low_scores[base + holes[i]] = x->low_scores[base + last];
-    }
-    return RF_OK;
 }
 
 static void by_number(int32_t *a, int32_t num) { /* insertion: few */
@@ -563,7 +532,11 @@ static rf_status apply_ranked(rf_kv_session *s, int layer, int sequence, int hea
         one[head] = 1;
         RF_TRY(pack(s, LOW, layer, sequence, &rows, x->lists, first, one, err));
     }
-    return close_holes(s, layer, sequence, head, holes + filled, num_holes - filled, err);
+    /* A cap that stands: as many go from LOW as come, and raw ones are never fewer than they may be. */
+    if (filled < num_holes)
+        return rf_fail(err, RF_ERR_STATE, "layer %d: %d packed tokens of a head go, and %d take their place", layer,
+                       num_holes, filled);
+    return RF_OK;
 }
 
 /* Raw slots of which classes are in next (ids as list_tokens gives them) go from the book. */
@@ -921,6 +894,17 @@ int32_t rf_kv_packed_count(const rf_kv_session *s, int layer, int sequence, int 
 
 rf_kvq_store rf_kv_packed_store(const rf_kv_session *s, int layer, int sequence, rf_kv_class of) {
     return store_at(s, of == RF_KV_HIGH ? HIGH : LOW, layer, sequence);
+}
+
+double rf_kv_packed_received(const rf_kv_session *s, int layer, int sequence, int head) {
+    const struct rf_kv_packed *x = s->packed;
+    int64_t unit = rf_kv_unit_at(s, layer, sequence) + head;
+    double sum = 0;
+    int32_t num = rf_kv_book_head(s->sequences[sequence].book, layer, head)->num;
+    for (int32_t i = 0; x->score && i < num; i++) sum += (double)x->score[unit * s->stride + i];
+    for (int32_t i = 0; tracks_low(s, sequence) && i < *lens_of(s, LOW, unit); i++)
+        sum += (double)x->low_scores[unit * x->room[LOW] + i];
+    return sum;
 }
 
 void rf_kv_packed_positions(const rf_kv_session *s, int sequence, int layer, int head, int32_t *out, int32_t *num) {

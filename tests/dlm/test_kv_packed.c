@@ -302,6 +302,25 @@ START_TEST(packed_tokens_are_those_of_their_positions) {
 }
 END_TEST
 
+/* Probabilities of raw and packed tokens are of one softmax. */
+START_TEST(what_tokens_receive_adds_up_to_one) {
+    enum { PROMPT = 90, MORE = 30 };
+    fixture f = open_model("text-qwen3");
+    int32_t tokens[PROMPT + MORE];
+    draw_tokens(tokens, PROMPT + MORE, 12);
+    rf_kv_session *s = open_session(&f, "arkv:window=8,high_share=0.3", 400, 1, PROMPT, MORE);
+    rf_assert_ok(rf_kv_session_prefill(s, 0, tokens, PROMPT, 0, 0, 0.0, &f.err), f.err);
+    for (int32_t i = 0; i < MORE; i++) rf_assert_ok(rf_kv_session_step(s, tokens + PROMPT + i, &f.err), f.err);
+    for (int l = 0; l < LAYERS; l++)
+        for (int h = 0; h < KV_HEADS; h++) {
+            ck_assert_int_gt(rf_kv_packed_count(s, l, 0, h, RF_KV_LOW), 30);
+            ck_assert_double_eq_tol(rf_kv_packed_received(s, l, 0, h), 1.0, 1e-4);
+        }
+    rf_kv_session_destroy(s);
+    close_model(&f);
+}
+END_TEST
+
 START_TEST(a_batch_is_its_sequences) {
     enum { BATCH = 3, MORE = 45 };
     static const struct {
@@ -527,6 +546,7 @@ int main(void) {
     tcase_add_loop_test(tc, methods_are_near, 0, 7);
     tcase_add_loop_test(tc, a_step_attends_to_raw_and_packed_tokens, 0, 5);
     tcase_add_loop_test(tc, packed_tokens_are_those_of_their_positions, 0, 5);
+    tcase_add_test(tc, what_tokens_receive_adds_up_to_one);
     tcase_add_loop_test(tc, a_batch_is_its_sequences, 0, 5);
     tcase_add_test(tc, bytes_are_counted_by_hand);
     tcase_add_test(tc, budgets_of_prompts_are_those_of_sessions);
