@@ -330,8 +330,8 @@ void rf_kv_sentences_show(const rf_kv_session *s, int sequence, rf_kv_stats *sta
 /* For rules that pack (caching/kv/demote.h): session.packed. */
 rf_status rf_kv_packed_create(rf_kv_session *s, rf_error *err);
 void rf_kv_packed_destroy(rf_kv_session *s);
-/* A prompt's rows begin.. of a layer, queries turned in the staging session. Waits, where a rule looks at them. */
-rf_status rf_kv_packed_rows(rf_kv_session *s, int32_t begin, int32_t rows, rf_error *err);
+/* Rows begin.. of a prompt of num in a layer, queries turned in the staging session. Waits, where a rule looks at them. */
+rf_status rf_kv_packed_rows(rf_kv_session *s, int32_t num, int32_t begin, int32_t rows, rf_error *err);
 /* Behind a prompt's layer: chooses, packs, and gives the book its raw slots, whose rows are yet to be copied. */
 rf_status rf_kv_packed_prompt(rf_kv_session *s, int layer, int sequence, int32_t num, const rf_kv_stats *stats,
                               rf_error *err);

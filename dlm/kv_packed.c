@@ -14,6 +14,7 @@
 #include "dlm/kv_internal.h"
 
 enum { HIGH = 0, LOW, NUM_STORES, MAX_HEADS = 64 };
+enum { BALANCE_ROWS = 128 };     /* queries whose channels balance keys */
 static const float SLERP = 0.6f; /* MiniCache's t: the later layer's part */
 
 struct rf_kv_packed {
@@ -339,23 +340,27 @@ static rf_status pack(rf_kv_session *s, int which, int layer, int sequence, cons
 
 /* Largest |x| of each channel of x [num][Hkv or Hq][D], joined to out [Hkv][D]; each: heads of a row for one of out. */
 static void most_of(const float *x, int64_t num, int heads, int each, int64_t dim, float *out) {
-    for (int64_t i = 0; i < num; i++)
-        for (int h = 0; h < heads * each; h++)
-            for (int64_t c = 0; c < dim; c++) {
-                float y = fabsf(x[(i * heads * each + h) * dim + c]), *to = out + (h / each) * dim + c;
-                if (y > *to) *to = y;
-            }
+    for (int64_t i = 0; i < num; i++) {
+        for (int h = 0; h < heads * each; h++) {
+            const float *restrict row = x + (i * heads * each + h) * dim;
+            float *restrict to = out + (h / each) * dim;
+            for (int64_t c = 0; c < dim; c++) to[c] = fabsf(row[c]) > to[c] ? fabsf(row[c]) : to[c];
+        }
+    }
 }
 
-rf_status rf_kv_packed_rows(rf_kv_session *s, int32_t begin, int32_t rows, rf_error *err) {
+rf_status rf_kv_packed_rows(rf_kv_session *s, int32_t num, int32_t begin, int32_t rows, rf_error *err) {
     struct rf_kv_packed *x = s->packed;
-    int64_t num = (int64_t)rows * s->stage->q_cols;
     if (!x->factors_k) return RF_OK;
     if (begin == 0) memset(x->q_most, 0, (size_t)(s->num_kv_heads * s->head_dim) * sizeof *x->q_most);
-    float *q = rf_alloc((size_t)num * sizeof *q);
+    int32_t skipped = num - BALANCE_ROWS > begin ? num - BALANCE_ROWS - begin : 0;
+    if (skipped >= rows) return RF_OK;
+    int64_t cols = s->stage->q_cols, count = (rows - skipped) * cols;
+    float *q = rf_alloc((size_t)count * sizeof *q);
     if (q == NULL) return no_memory(err);
-    rf_status st = rf_kv_read_rows(s, s->stage->b.q, num, q, err);
-    if (st == RF_OK) most_of(q, rows, s->num_kv_heads, s->group, s->head_dim, x->q_most);
+    const char *from = (const char *)s->stage->b.q + (size_t)(skipped * cols) * rf_kv_elem(s);
+    rf_status st = rf_kv_read_rows(s, from, count, q, err);
+    if (st == RF_OK) most_of(q, rows - skipped, s->num_kv_heads, s->group, s->head_dim, x->q_most);
     rf_free(q);
     return st;
 }
@@ -365,7 +370,7 @@ static float factor(double most, double other) {
     return isfinite(f) && f > 0.0f ? f : 1.0f;
 }
 
-/* ZipCache: values by sqrt(max |v|). MiKV: keys by sqrt(max |k| / max |q|), of all of the prompt's queries, turned. */
+/* ZipCache: values by sqrt(max |v|). MiKV: keys by sqrt(max |k| / max |q|), of the prompt's last queries, turned. */
 static rf_status make_factors(rf_kv_session *s, int layer, int sequence, int32_t num, rf_error *err) {
     struct rf_kv_packed *x = s->packed;
     if (!x->factors_k && !x->factors_v) return RF_OK;

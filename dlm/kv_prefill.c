@@ -124,7 +124,7 @@ rf_status rf_kv_chunk_layer(rf_kv_session *s, int layer, const rf_kv_chunk *c, c
     if ((s->needs & RF_KV_NEED_GATE) && !c->pseudo)
         RF_TRY(rf_kv_gate_prompt(s, layer, stage->b.h, c->begin, c->rows, err));
     if (s->select && !c->pseudo) RF_TRY(rf_kv_select_rows(s, num, c->begin, c->rows, err));
-    if (s->packed) RF_TRY(rf_kv_packed_rows(s, c->begin, c->rows, err));
+    if (s->packed) RF_TRY(rf_kv_packed_rows(s, num, c->begin, c->rows, err));
     bool measures = rf_kv_measures_rows(s, num, c->begin, c->rows, c->pseudo);
     if (measures || goes_on || s->probe) {
         RF_TRY(rf_text_attend(&run, layer, run.shape.rows, s->lse, err));
