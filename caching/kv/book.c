@@ -129,7 +129,9 @@ int64_t rf_kv_pool_rows(const rf_kv_rule *rule, const rf_kv_shape *shape, int32_
         return all * rf_kv_demote_rooms(rule, shape, budget).raw;
     }
     if (budget <= 0 || drops_nothing(rule) || budget >= whole) return full;
-    int64_t growth = min64(rf_kv_growth(rule, shape), shape->max_new), rows = all * budget;
+    int64_t growth = rf_kv_growth(rule, shape), rows = all * budget;
+    if (rule->schedule != RF_KV_AT_HIGH)
+        growth = min64(growth, shape->max_new); /* there a prompt fills the buffer too */
     int64_t skip = min32(rule->skip_layers, shape->num_layers);
     if (rule->alloc == RF_KV_ALLOC_PYRAMID) {
         int32_t *layer_budget = rf_alloc((size_t)layers * sizeof *layer_budget);
