@@ -82,6 +82,7 @@ typedef struct {
     float shares[MAX_LAYERS];
     uint8_t classes[MAX_LAYERS * MAX_Q];
     float *hidden, tokens[MAX_N]; /* [prompt + num_new, columns], ids */
+    float *gate;                  /* [layers, kv_heads, prompt + num_new] log retention */
     int32_t columns;
     rf_kv_sentences *sentences; /* of a rule that penalises those said again */
 } recording;
@@ -121,6 +122,8 @@ static recording recording_open(void) {
     r.hidden = read_tensor(&r, "hidden", num);
     r.columns = (int32_t)(num[0] / num_tokens);
     ck_assert_int_eq(numbers(member(r.root, "tokens"), r.tokens, MAX_N), num_tokens);
+    r.gate = read_tensor(&r, "gate", num);
+    ck_assert_int_eq(num[0], (int64_t)r.layers * r.kv_heads * num_tokens);
     for (const rf_json_value *l = rf_json_first(member(r.root, "head_classes")); l != NULL; l = rf_json_next(l)) {
         float row[MAX_Q];
         ck_assert_int_eq(numbers(l, row, MAX_Q), r.q_heads);
@@ -133,6 +136,7 @@ static recording recording_open(void) {
 static void recording_close(recording *r) {
     rf_kv_sentences_destroy(r->sentences);
     rf_free(r->hidden);
+    rf_free(r->gate);
     rf_free(r->q);
     rf_free(r->k);
     rf_free(r->v);
@@ -167,6 +171,7 @@ static const struct {
     {RF_KV_NEED_REMOVAL, "removal"},
     {RF_KV_NEED_EXPECTED, "expected"},
     {RF_KV_NEED_WO, "wo_norm"},
+    {RF_KV_NEED_GATE, "gate"}, /* of new tokens too: its rows are longer than a prompt */
 };
 enum { NUM_FIELDS = sizeof FIELDS / sizeof FIELDS[0] };
 
@@ -182,6 +187,7 @@ static const float **field_of(rf_kv_stats *s, unsigned need) {
     case RF_KV_NEED_REMOVAL: return &s->removal;
     case RF_KV_NEED_EXPECTED: return &s->expected;
     case RF_KV_NEED_WO: return &s->wo_norm;
+    case RF_KV_NEED_GATE: return &s->gate;
     default: return NULL;
     }
 }
@@ -229,6 +235,10 @@ static void prefill(const recording *r, const rf_json_value *c, const char *name
             *field_of(&s, FIELDS[f].need) = owned[f] + l * (n / r->layers);
             if (strchr(tensor, '.') != NULL) s.num_queries = queries_of(tensor, tokens);
         }
+        if ((needs & RF_KV_NEED_GATE) != 0) {
+            ck_assert_uint_eq(needs, RF_KV_NEED_GATE);
+            s.stride = tokens + r->num_new;
+        }
         if ((needs & RF_KV_NEED_KV) != 0) {
             s.k = owned[NUM_FIELDS] = head_rows(r, r->k, l, tokens);
             s.v = owned[NUM_FIELDS + 1] = head_rows(r, r->v, l, tokens);
@@ -254,7 +264,7 @@ static void add_hidden(const recording *r, int32_t position) {
 
 typedef struct {
     float s1[MAX_Q][MAX_N], s2[MAX_Q][MAX_N], key_norm[MAX_KV][MAX_N], value_norm[MAX_KV][MAX_N],
-        key_cosine[MAX_KV][MAX_N];
+        key_cosine[MAX_KV][MAX_N], gate[MAX_KV][MAX_N];
     float k[MAX_KV * MAX_N * MAX_D], v[MAX_KV * MAX_N * MAX_D]; /* [kv_heads][MAX_N][head_dim] */
 } measured;
 
@@ -292,6 +302,8 @@ static void measure(const recording *r, const rf_kv_book *book, int32_t layer, i
                     m->v[((int64_t)g * MAX_N + i) * d + e] = v[e];
                 }
                 m->key_norm[g][i] = (float)norm;
+                m->gate[g][i] =
+                    r->gate[(int64_t)(layer * r->kv_heads + g) * (r->prompt + r->num_new) + head->position[i]];
                 m->value_norm[g][i] = (float)sqrt(dot(v, v, d));
                 if (pass == 1) m->key_cosine[g][i] = (float)(along / norm / sqrt(size));
             }
@@ -303,7 +315,8 @@ static void measure(const recording *r, const rf_kv_book *book, int32_t layer, i
 static void step(const recording *r, const char *name, const rf_kv_rule *rule, rf_kv_book *book, int32_t position) {
     const unsigned any = rf_kv_needs_step(rule);
     const unsigned known = RF_KV_NEED_SUM | RF_KV_NEED_SQUARES | RF_KV_NEED_PEAK | RF_KV_NEED_KEY_NORM |
-                           RF_KV_NEED_VALUE_NORM | RF_KV_NEED_KEY_COSINE | RF_KV_NEED_KV | RF_KV_NEED_HIDDEN;
+                           RF_KV_NEED_VALUE_NORM | RF_KV_NEED_KEY_COSINE | RF_KV_NEED_KV | RF_KV_NEED_HIDDEN |
+                           RF_KV_NEED_GATE;
     ck_assert_msg((any & ~known) == 0, "%s: a step needs %u, of which this test has %u alone", name, any, known);
     rf_error err = {0};
     rf_status st = rf_kv_book_append(book, position, &err);
@@ -321,6 +334,7 @@ static void step(const recording *r, const char *name, const rf_kv_rule *rule, r
         if ((needs & RF_KV_NEED_KEY_NORM) != 0) s.key_norm = m.key_norm[0];
         if ((needs & RF_KV_NEED_VALUE_NORM) != 0) s.value_norm = m.value_norm[0];
         if ((needs & RF_KV_NEED_KEY_COSINE) != 0) s.key_cosine = m.key_cosine[0];
+        if ((needs & RF_KV_NEED_GATE) != 0) s.gate = m.gate[0];
         if ((needs & RF_KV_NEED_KV) != 0) s.k = m.k;
         if ((needs & RF_KV_NEED_KV) != 0) s.v = m.v;
         if ((needs & RF_KV_NEED_HIDDEN) != 0) s.penalty = rf_kv_sentences_penalty(r->sentences, &s.num_positions);

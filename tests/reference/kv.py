@@ -36,6 +36,7 @@ Readings  where texts leave room (see `CASES` for options):
                cosine >= 0.95 loses that cosine, the largest of several; none behind the prompt
   ems          the texts leave score and classes open: the window's sums decide, and a join that is made goes to the kept token of the
                largest cos(k) cos(v)
+  trimkv       behind a prompt too, a head goes back to the budget only when it has the buffer more
 """
 
 import argparse
@@ -110,6 +111,13 @@ def make_sentences(seed):
         hidden += list(themes[r.integers(6)] + r.choice((0.1, 0.9)) * r.normal(size=(words + 1, WIDTH)))
         tokens += list(r.integers(2, 50, words)) + [DOT]
     return half(np.array(hidden[:N])), [int(t) for t in tokens[:N]]
+
+
+def make_retention(seed):
+    """Log retention [L, Hkv, N] of every token: some are forgotten at once, few never, and heads differ."""
+    r = np.random.default_rng(seed)
+    g = r.normal(size=(L, HKV, 1)) + 4 + 2 * r.normal(size=(L, HKV, N))
+    return half(-np.log1p(np.exp(-g)))
 
 
 def softmax(z):
@@ -853,6 +861,21 @@ def lazy(x, budget, every, activation):
     return decode(x, everywhere([0]), 1, after)
 
 
+def trimkv(x, budget, buffer):
+    """Log retention times age; the age counts to the token that comes next, behind `seen` tokens."""
+
+    def evict(l, g, slots, seen):
+        if len(slots) < budget + buffer:
+            return slots
+        return [slots[i] for i in top([(seen + 1 - j) * x["gate"][l, g, j] for j in slots], budget)]
+
+    def after(l, t, slots, p):
+        for g, one in enumerate(slots):
+            one[:] = evict(l, g, one, t + 1)
+
+    return decode(x, [[evict(l, g, list(range(T)), T) for g in range(HKV)] for l in range(L)], T, after)
+
+
 # Golden vectors -------------------------------------------------------------------------------------
 
 
@@ -1081,6 +1104,9 @@ def make_cases(x):
     add("snapkv", "window=8", T, s1, snapkv(x, T, 8, "avg", 5))
     for b, w, sinks, page in ((48, 8, 8, 2), (24, 4, 4, 1), (48, 8, 8, 4)):
         add("kvcrush", f"window={w},sinks={sinks},page={page}", b, {"s1": f"window{w}.s1"}, kvcrush(x, b, w, sinks, page))
+    for b in BUDGETS:
+        add("trimkv", "buffer=7", b, {"gate": "gate"}, trimkv(x, b, 7))
+        add("trimkv", "", b, {"gate": "gate"}, trimkv(x, b, 128))  # the prompt is within the buffer
     return cases
 
 
@@ -1088,6 +1114,7 @@ def make(seed):
     closest[0] = math.inf
     x = make_tensors(seed)
     x["hidden"], x["tokens"] = make_sentences(seed + 2)
+    x["gate"] = make_retention(seed + 3)
     r = np.random.default_rng(seed + 1)
     cases, pieces, stats = make_cases(x), parts(r), statistics(x)
     for tokens in (1, 12):
@@ -1108,14 +1135,14 @@ def main():
     print(f"{len(cases)} cases, closest choice {closest[0]:.2g}")
     if closest[0] < MARGIN:
         raise SystemExit(f"a choice is nearer than {MARGIN}: take another SEED")
-    tensors = {n: np.ascontiguousarray(x[n].astype(np.float16)) for n in ("q", "k", "v", "hidden")}
+    tensors = {n: np.ascontiguousarray(x[n].astype(np.float16)) for n in ("q", "k", "v", "hidden", "gate")}
     tensors |= {n: np.ascontiguousarray(s.astype(np.float32)) for n, s in stats.items()}
     meta = {"origin": f"python tests/reference/kv.py, seed {SEED}"}  # one key: the writer does not sort them
     (o.out / "kv-rules.safetensors").write_bytes(save(tensors, meta))
     head = {"command": "python tests/reference/kv.py", "seed": SEED, "layers": L, "q_heads": HQ, "kv_heads": HKV, "head_dim": D,
             "prompt": T, "new": NEW, "every": EVERY, "tokens": x["tokens"], "head_classes": HEAD_LIST, "layer_shares": [1 / L] * L,
             "without": {"none": "keeps everything", "random": "the engine's own generator",
-                        "epicache": "prompts in blocks: tests/dlm/test_kv_session.c states them", "razor": "not stated here yet", "trimkv": "not stated here yet",
+                        "epicache": "prompts in blocks: tests/dlm/test_kv_session.c states them", "razor": "not stated here yet",
                         "global-retention": "not stated here yet", "tokenselect": "not stated here yet",
                         "fasa": "not stated here yet", "sentencekv": "not stated here yet",
                         "icecache": "not stated here yet",
