@@ -84,7 +84,7 @@ static const row rows[] = {
      "score=attention,queries=external,reduce=max,group=max,sinks=4,block=2048"},
     {{"trimkv", "learned retention", "TRIM-KV, arXiv 2512.03324"}, "score=gate,schedule=high,buffer=128"},
     {{"global-retention", "learned retention, one budget for all layers and heads", "Make Each Token Count"},
-     "score=gate,schedule=high,buffer=32,alloc=flat-all"},
+     "score=gate,schedule=high,buffer=32,alloc=flat-all,floor=0"},
     {{"attention-gate", "learned flags before attention", "Attention-Gate, arXiv 2410.12876"}, "score=gate"},
     {{"kivi", "keys by channel and values by token in 2 or 4 bits", "KIVI, arXiv 2402.02750"},
      "score=position,action=demote,bits=4,low_bits=4,group_size=32,residual=32,schedule=step"},
