@@ -37,6 +37,8 @@ Readings  where texts leave room (see `CASES` for options):
   ems          the texts leave score and classes open: the window's sums decide, and a join that is made goes to the kept token of the
                largest cos(k) cos(v)
   trimkv       behind a prompt too, a head goes back to the budget only when it has the buffer more
+  global-retention  the same for all slots together, buffer x layers x key heads more; floor (0): every head's best int(floor B) stay, the
+               rest of the budget is the best of all others
 """
 
 import argparse
@@ -876,6 +878,33 @@ def trimkv(x, budget, buffer):
     return decode(x, [[evict(l, g, list(range(T)), T) for g in range(HKV)] for l in range(L)], T, after)
 
 
+def global_retention(x, budget, buffer, floor=0.0):
+    """One choice over all layers and key heads."""
+    heads = [(l, g) for l in range(L) for g in range(HKV)]
+
+    def evict(slots, seen):
+        """slots {(layer, key head): list}"""
+        if sum(map(len, slots.values())) < len(heads) * (budget + buffer):
+            return
+        score = {(h, j): (seen + 1 - j) * x["gate"][h][j] for h in heads for j in slots[h]}
+        sure = [(h, slots[h][i]) for h in heads for i in top([score[h, j] for j in slots[h]], int(floor * budget))]
+        rest = [token for token in score if token not in sure]
+        kept = sure + [rest[i] for i in top([score[token] for token in rest], len(heads) * budget - len(sure))]
+        for h in heads:
+            slots[h][:] = sorted(j for head, j in kept if head == h)
+
+    prompt = {h: list(range(T)) for h in heads}
+    evict(prompt, T)
+    now = {}
+
+    def after(l, t, slots, p):
+        now.update({(l, g): one for g, one in enumerate(slots)})
+        if l == L - 1:
+            evict(now, t + 1)
+
+    return decode(x, [[prompt[l, g] for g in range(HKV)] for l in range(L)], T, after)
+
+
 # Golden vectors -------------------------------------------------------------------------------------
 
 
@@ -1107,6 +1136,10 @@ def make_cases(x):
     for b in BUDGETS:
         add("trimkv", "buffer=7", b, {"gate": "gate"}, trimkv(x, b, 7))
         add("trimkv", "", b, {"gate": "gate"}, trimkv(x, b, 128))  # the prompt is within the buffer
+    for b in BUDGETS:
+        add("global-retention", "", b, {"gate": "gate"}, global_retention(x, b, 32))
+    for floor, buffer in ((0.0, 7), (0.5, 7), (1.0, 40)):
+        add("global-retention", f"buffer={buffer},floor={floor:g}", 24, {"gate": "gate"}, global_retention(x, 24, buffer, floor))
     return cases
 
 
@@ -1143,7 +1176,7 @@ def main():
             "prompt": T, "new": NEW, "every": EVERY, "tokens": x["tokens"], "head_classes": HEAD_LIST, "layer_shares": [1 / L] * L,
             "without": {"none": "keeps everything", "random": "the engine's own generator",
                         "epicache": "prompts in blocks: tests/dlm/test_kv_session.c states them", "razor": "not stated here yet",
-                        "global-retention": "not stated here yet", "tokenselect": "not stated here yet",
+                        "tokenselect": "not stated here yet",
                         "fasa": "not stated here yet", "sentencekv": "not stated here yet",
                         "icecache": "not stated here yet",
                         **{name: "stated in tests/caching/test_kv_demote.c"
