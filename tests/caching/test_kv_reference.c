@@ -80,7 +80,7 @@ typedef struct {
     int32_t layers, q_heads, kv_heads, head_dim, prompt, num_new, every;
     float *q, *k, *v; /* [layers, prompt + num_new, heads, head_dim] */
     float shares[MAX_LAYERS];
-    uint8_t classes[MAX_LAYERS * MAX_Q];
+    uint8_t listed[MAX_LAYERS * MAX_Q], retrieval[MAX_LAYERS * MAX_Q];
     float *hidden, tokens[MAX_N]; /* [prompt + num_new, columns], ids */
     float *gate;                  /* [layers, kv_heads, prompt + num_new] log retention */
     int32_t columns;
@@ -96,6 +96,17 @@ static float *read_tensor(const recording *r, const char *name, int64_t *num_ele
     rf_assert_ok(rf_weights_read_f32(r->tensors, name, t.rank, t.shape, &out, &err), err);
     *num_elems = rf_tensor_num_elems(&t);
     return out;
+}
+
+/* [layers][q_heads] of 0 and 1 */
+static void flags(const recording *r, const char *key, uint8_t *out) {
+    int32_t at = 0;
+    for (const rf_json_value *l = rf_json_first(member(r->root, key)); l != NULL; l = rf_json_next(l)) {
+        float row[MAX_Q];
+        ck_assert_int_eq(numbers(l, row, MAX_Q), r->q_heads);
+        for (int32_t h = 0; h < r->q_heads; h++) out[at++] = row[h] != 0;
+    }
+    ck_assert_int_eq(at, r->layers * r->q_heads);
 }
 
 static recording recording_open(void) {
@@ -118,18 +129,14 @@ static recording recording_open(void) {
     r.v = read_tensor(&r, "v", &num[2]);
     ck_assert(num[0] == rows * r.q_heads && num[1] == rows * r.kv_heads && num[2] == num[1]);
     ck_assert_int_eq(numbers(member(r.root, "layer_shares"), r.shares, MAX_LAYERS), r.layers);
-    int32_t at = 0, num_tokens = r.prompt + r.num_new;
+    const int32_t num_tokens = r.prompt + r.num_new;
     r.hidden = read_tensor(&r, "hidden", num);
     r.columns = (int32_t)(num[0] / num_tokens);
     ck_assert_int_eq(numbers(member(r.root, "tokens"), r.tokens, MAX_N), num_tokens);
     r.gate = read_tensor(&r, "gate", num);
     ck_assert_int_eq(num[0], (int64_t)r.layers * r.kv_heads * num_tokens);
-    for (const rf_json_value *l = rf_json_first(member(r.root, "head_classes")); l != NULL; l = rf_json_next(l)) {
-        float row[MAX_Q];
-        ck_assert_int_eq(numbers(l, row, MAX_Q), r.q_heads);
-        for (int32_t h = 0; h < r.q_heads; h++) r.classes[at++] = row[h] != 0;
-    }
-    ck_assert_int_eq(at, r.layers * r.q_heads);
+    flags(&r, "head_classes", r.listed);
+    flags(&r, "retrieval_heads", r.retrieval);
     return r;
 }
 
@@ -494,8 +501,8 @@ START_TEST(a_rule_keeps_what_its_statement_keeps) {
                                .max_prompt = prompt,
                                .max_new = r.num_new,
                                .layer_shares = r.shares,
-                               .head_classes = r.classes,
-                               .head_list = r.classes};
+                               .head_classes = r.retrieval,
+                               .head_list = r.listed};
     rf_kv_book *book = NULL;
     st = rf_kv_book_create(&book, &rule, &shape, budget, first_row, &err);
     ck_assert_msg(st == RF_OK, "%s: %s", name, err.message);

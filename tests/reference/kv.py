@@ -36,6 +36,8 @@ Readings  where texts leave room (see `CASES` for options):
                cosine >= 0.95 loses that cosine, the largest of several; none behind the prompt
   ems          the texts leave score and classes open: the window's sums decide, and a join that is made goes to the kept token of the
                largest cos(k) cos(v)
+  razor        the budget, sinks with it, stands for the published length of a head that keeps no far tokens; a key head is a retrieval head
+               if any head of its group is; what is dropped leaves a mean behind, which is no slot; behind the prompt alone
   trimkv       behind a prompt too, a head goes back to the budget only when it has the buffer more
   global-retention  the same for all slots together, buffer x layers x key heads more; floor (0): every head's best int(floor B) stay, the
                rest of the budget is the best of all others
@@ -637,6 +639,14 @@ def compresskv(x, budget, w, size=5):
     return kept
 
 
+RETRIEVAL = [[1, 0, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0]]  # heads
+
+
+def razor(budget, sinks=4):
+    near = [*range(sinks), *range(T - budget + sinks, T)]
+    return [[list(range(T)) if any(RETRIEVAL[l][g * G:(g + 1) * G]) else near for g in range(HKV)] for l in range(L)]
+
+
 # Decoding: each returns a list of records, the first behind the prompt, then one every EVERY tokens ---
 
 
@@ -1140,6 +1150,9 @@ def make_cases(x):
         add("global-retention", "", b, {"gate": "gate"}, global_retention(x, b, 32))
     for floor, buffer in ((0.0, 7), (0.5, 7), (1.0, 40)):
         add("global-retention", f"buffer={buffer},floor={floor:g}", 24, {"gate": "gate"}, global_retention(x, 24, buffer, floor))
+    for b in BUDGETS:
+        add("razor", "", b, {}, razor(b))
+    add("razor", "sinks=2", 24, {}, razor(24, 2))
     return cases
 
 
@@ -1173,9 +1186,9 @@ def main():
     meta = {"origin": f"python tests/reference/kv.py, seed {SEED}"}  # one key: the writer does not sort them
     (o.out / "kv-rules.safetensors").write_bytes(save(tensors, meta))
     head = {"command": "python tests/reference/kv.py", "seed": SEED, "layers": L, "q_heads": HQ, "kv_heads": HKV, "head_dim": D,
-            "prompt": T, "new": NEW, "every": EVERY, "tokens": x["tokens"], "head_classes": HEAD_LIST, "layer_shares": [1 / L] * L,
+            "prompt": T, "new": NEW, "every": EVERY, "tokens": x["tokens"], "head_classes": HEAD_LIST, "retrieval_heads": RETRIEVAL, "layer_shares": [1 / L] * L,
             "without": {"none": "keeps everything", "random": "the engine's own generator",
-                        "epicache": "prompts in blocks: tests/dlm/test_kv_session.c states them", "razor": "not stated here yet",
+                        "epicache": "prompts in blocks: tests/dlm/test_kv_session.c states them",
                         "tokenselect": "not stated here yet",
                         "fasa": "not stated here yet", "sentencekv": "not stated here yet",
                         "icecache": "not stated here yet",
