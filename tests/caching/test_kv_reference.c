@@ -1,5 +1,6 @@
 /* tests/caching/test_kv_reference.c - what KV rules keep, against the plain Python statement of each (tests/reference/kv.py): kept
- * positions of every layer and key head behind a prompt and while decoding, joins, and the parts that rules share.
+ * positions of every layer and key head behind a prompt and while decoding, joins, what a step reads where all stays, and the parts
+ * that rules share.
  *
  * Statistics of a prompt are the recorded ones, and a rule is given those alone that its needs name. Of a decoded token they are
  * computed here, in double, over the slots that the book has. Positions are equal: every choice of the fixture has 1e-6 or more
@@ -7,6 +8,7 @@
 #include <stdarg.h>
 
 #include "caching/kv/kv.h"
+#include "caching/kv/select.h"
 #include "caching/kv/sentences.h"
 #include "core/json.h"
 #include "core/memory.h"
@@ -384,17 +386,22 @@ static void list_missing(report *out, const int32_t *a, int32_t num_a, const int
     }
 }
 
-static void compare_head(report *out, int32_t token, int32_t layer, int32_t head, const rf_kv_head *got,
+static void compare_list(report *out, int32_t token, int32_t layer, int32_t head, const int32_t *got, int32_t num,
                          const int32_t *want, int32_t num_want) {
-    bool same = got->num == num_want;
-    for (int32_t i = 0; i < num_want && same; i++) same = got->position[i] == want[i];
+    bool same = num == num_want;
+    for (int32_t i = 0; i < num_want && same; i++) same = got[i] == want[i];
     if (same) return;
     out->num++;
-    complain(out, "\n  behind token %d, layer %d, head %d: %d kept, %d wanted; lacks", token, layer, head, got->num,
+    complain(out, "\n  behind token %d, layer %d, head %d: %d there, %d wanted; lacks", token, layer, head, num,
              num_want);
-    list_missing(out, want, num_want, got->position, got->num);
+    list_missing(out, want, num_want, got, num);
     complain(out, "; has");
-    list_missing(out, got->position, got->num, want, num_want);
+    list_missing(out, got, num, want, num_want);
+}
+
+static void compare_head(report *out, int32_t token, int32_t layer, int32_t head, const rf_kv_head *got,
+                         const int32_t *want, int32_t num_want) {
+    compare_list(out, token, layer, head, got->position, got->num, want, num_want);
 }
 
 /* Rows of the pool: each in the range of the sequence, none twice. */
@@ -544,6 +551,81 @@ START_TEST(a_rule_keeps_what_its_statement_keeps) {
 }
 END_TEST
 
+/* --- selections --- */
+
+/* Of one layer. */
+typedef struct {
+    float k[MAX_KV * MAX_N * MAX_D]; /* [kv_heads][MAX_N][head_dim] */
+    rf_kv_keys keys[MAX_KV];         /* num: slots so far */
+    int32_t rows[MAX_N];
+    int32_t init, local;
+} reader;
+
+static void reader_open(reader *x, const recording *r, const rf_kv_rule *rule, int32_t layer, int32_t budget) {
+    memset(x, 0, sizeof *x);
+    rf_kv_select_ends(rule, budget, &x->init, &x->local);
+    for (int32_t t = 0; t < r->prompt + r->num_new; t++) {
+        x->rows[t] = t;
+        for (int32_t g = 0; g < r->kv_heads; g++)
+            memcpy(x->k + ((int64_t)g * MAX_N + t) * r->head_dim, row_of(r, r->k, r->kv_heads, layer, t, g),
+                   (size_t)r->head_dim * sizeof *x->k);
+    }
+    for (int32_t g = 0; g < r->kv_heads; g++)
+        x->keys[g] = (rf_kv_keys){
+            .k = x->k + (int64_t)g * MAX_N * r->head_dim, .rows = x->rows, .num = r->prompt, .dim = r->head_dim};
+}
+
+/* What the token at `position` reads of a head, whose own slot is there. Returns how many. */
+static int32_t choose(reader *x, const recording *r, const rf_kv_rule *rule, int32_t layer, int32_t position,
+                      int32_t head, int32_t budget, int32_t *out) {
+    const int32_t n = position + 1, group = r->q_heads / r->kv_heads;
+    const float *q = row_of(r, r->q, r->q_heads, layer, position, 0);
+    const float scale = 1 / sqrtf((float)r->head_dim);
+    float score[MAX_N], work[2 * MAX_N];
+    (void)head;
+    ck_assert_int_eq(rule->selector, RF_KV_BY_VOTE);
+    rf_kv_select_vote(score, q, x->keys, r->kv_heads, group, scale, x->init, n - x->local, work);
+    return rf_kv_select_best(out, score, n, budget, x->init, x->local);
+}
+
+START_TEST(a_step_reads_what_its_statement_reads) {
+    recording r = recording_open();
+    const rf_json_value *c = rf_json_at(member(r.root, "selections"), (size_t)_i, NULL);
+    const char *name = rf_json_string(member(c, "name"));
+    const int32_t budget = integer(c, "budget");
+    rf_error err = {0};
+    rf_kv_rule rule;
+    rf_assert_ok(rf_kv_rule_parse(&rule, rf_json_string(member(c, "rule")), &err), err);
+    rf_assert_ok(rf_kv_rule_check(&rule, &err), err);
+    ck_assert_int_eq(rule.action, RF_KV_SELECT);
+    const rf_json_value *records = member(c, "read");
+    ck_assert_int_eq((int)rf_json_count(records), r.num_new / r.every);
+    report differences = {0};
+    static reader x;
+    for (int32_t l = 0; l < r.layers; l++) {
+        const rf_json_value *record = rf_json_first(records);
+        reader_open(&x, &r, &rule, l, budget);
+        for (int32_t t = r.prompt; t < r.prompt + r.num_new; t++) {
+            const bool recorded = (t - r.prompt + 1) % r.every == 0;
+            for (int32_t g = 0; g < r.kv_heads; g++) x.keys[g].num = t + 1;
+            for (int32_t g = 0; g < r.kv_heads && recorded; g++) {
+                int32_t got[MAX_N], want[MAX_N], num = t + 1;
+                const rf_json_value *layer = rf_json_at(record, (size_t)l, NULL);
+                int32_t num_want = positions(rf_json_string(rf_json_at(layer, (size_t)g, NULL)), want);
+                if (num > budget && l >= rule.skip_layers)
+                    num = choose(&x, &r, &rule, l, t, g, budget, got);
+                else
+                    memcpy(got, x.rows, (size_t)num * sizeof *got);
+                compare_list(&differences, t, l, g, got, num, want, num_want);
+            }
+            if (recorded) record = rf_json_next(record);
+        }
+    }
+    ck_assert_msg(differences.num == 0, "%s: %d differences%s", name, differences.num, differences.text);
+    recording_close(&r);
+}
+END_TEST
+
 /* A method without a case is named in the fixture with a reason, or refused as not implemented. */
 START_TEST(every_method_has_a_case) {
     rf_json *doc = open_json();
@@ -551,8 +633,10 @@ START_TEST(every_method_has_a_case) {
     for (int i = 0; i < rf_kv_num_methods(); i++) {
         const char *method = rf_kv_method_at(i)->name;
         int num = 0;
-        for (const rf_json_value *c = rf_json_first(member(root, "cases")); c != NULL; c = rf_json_next(c))
-            num += strcmp(rf_json_string(member(c, "method")), method) == 0;
+        for (int k = 0; k < 2; k++)
+            for (const rf_json_value *c = rf_json_first(member(root, k == 0 ? "cases" : "selections")); c != NULL;
+                 c = rf_json_next(c))
+                num += strcmp(rf_json_string(member(c, "method")), method) == 0;
         if (num > 0 || rf_json_has(without, method)) continue;
         rf_kv_rule rule;
         rf_error err = {0};
@@ -635,14 +719,16 @@ END_TEST
 int main(void) {
     rf_json *doc = NULL;
     rf_error err = {0};
-    const rf_json_value *cases = NULL;
-    if (rf_json_open(&doc, RF_FIXTURE_DIR "/kv-rules.json", &err) == RF_OK)
+    const rf_json_value *cases = NULL, *selections = NULL;
+    if (rf_json_open(&doc, RF_FIXTURE_DIR "/kv-rules.json", &err) == RF_OK) {
         cases = rf_json_get(rf_json_root(doc), "cases");
-    if (cases == NULL) {
+        selections = rf_json_get(rf_json_root(doc), "selections");
+    }
+    if (cases == NULL || selections == NULL) {
         fprintf(stderr, "kv-rules.json: %s\n", doc == NULL ? err.message : "no cases");
         return 1;
     }
-    const int num_cases = (int)rf_json_count(cases);
+    const int num_cases = (int)rf_json_count(cases), num_selections = (int)rf_json_count(selections);
     rf_json_close(doc);
     Suite *suite = suite_create("kv rules against their statements");
     TCase *tc = tcase_create("reference");
@@ -650,6 +736,7 @@ int main(void) {
     tcase_add_test(tc, every_method_has_a_case);
     tcase_add_test(tc, parts_give_what_their_statements_give);
     tcase_add_loop_test(tc, a_rule_keeps_what_its_statement_keeps, 0, num_cases);
+    tcase_add_loop_test(tc, a_step_reads_what_its_statement_reads, 0, num_selections);
     suite_add_tcase(suite, tc);
     return rf_run_suite(suite);
 }
