@@ -559,7 +559,24 @@ typedef struct {
     rf_kv_keys keys[MAX_KV];         /* num: slots so far */
     int32_t rows[MAX_N];
     int32_t init, local;
+    int32_t num_pairs, pairs[MAX_Q * MAX_D / 2]; /* [q_heads][num_pairs] */
 } reader;
+
+/* Pairs of each query head: agreement over the prompt's last queries, each with the best min(budget, a quarter) of what it sees. */
+static void find_pairs(reader *x, const recording *r, const rf_kv_rule *rule, int32_t layer, int32_t budget) {
+    const int32_t half = r->head_dim / 2, asked = rule->select_dims / 2, group = r->q_heads / r->kv_heads;
+    x->num_pairs = asked < half ? asked : half;
+    for (int32_t h = 0; h < r->q_heads; h++) {
+        double agreement[MAX_D / 2] = {0};
+        for (int32_t i = r->prompt - rule->window; i < r->prompt; i++) {
+            float work[2 * MAX_N];
+            const int32_t quarter = (i + 1) / 4;
+            rf_kv_select_agreement(agreement, row_of(r, r->q, r->q_heads, layer, i, h), &x->keys[h / group], i + 1,
+                                   quarter < budget ? quarter : budget, work);
+        }
+        rf_kv_select_best_pairs(x->pairs + h * x->num_pairs, agreement, half, x->num_pairs);
+    }
+}
 
 static void reader_open(reader *x, const recording *r, const rf_kv_rule *rule, int32_t layer, int32_t budget) {
     memset(x, 0, sizeof *x);
@@ -573,6 +590,7 @@ static void reader_open(reader *x, const recording *r, const rf_kv_rule *rule, i
     for (int32_t g = 0; g < r->kv_heads; g++)
         x->keys[g] = (rf_kv_keys){
             .k = x->k + (int64_t)g * MAX_N * r->head_dim, .rows = x->rows, .num = r->prompt, .dim = r->head_dim};
+    if (rule->selector == RF_KV_BY_PAIRS) find_pairs(x, r, rule, layer, budget);
 }
 
 /* What the token at `position` reads of a head, whose own slot is there. Returns how many. */
@@ -582,9 +600,12 @@ static int32_t choose(reader *x, const recording *r, const rf_kv_rule *rule, int
     const float *q = row_of(r, r->q, r->q_heads, layer, position, 0);
     const float scale = 1 / sqrtf((float)r->head_dim);
     float score[MAX_N], work[2 * MAX_N];
-    (void)head;
-    ck_assert_int_eq(rule->selector, RF_KV_BY_VOTE);
-    rf_kv_select_vote(score, q, x->keys, r->kv_heads, group, scale, x->init, n - x->local, work);
+    if (rule->selector == RF_KV_BY_VOTE)
+        rf_kv_select_vote(score, q, x->keys, r->kv_heads, group, scale, x->init, n - x->local, work);
+    else
+        rf_kv_select_pairs(score, q + head * group * r->head_dim, &x->keys[head],
+                           x->pairs + head * group * x->num_pairs, group, x->num_pairs, scale, x->init, n - x->local,
+                           work);
     return rf_kv_select_best(out, score, n, budget, x->init, x->local);
 }
 

@@ -46,6 +46,7 @@ Readings  where texts leave room (see `CASES` for options):
 import argparse
 import json
 import math
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -947,6 +948,33 @@ def tokenselect(x, budget, init, select, local):
     return read_selection(budget, init, select, local, choose)
 
 
+def fasa_pairs(x, l, h, budget, dims, window=8):
+    """Pairs (c, c + D / 2) of a query head whose own logits agree best with the whole ones on the prompt's last queries."""
+    half_dim, k = D // 2, x["k"][l, :T, h // G]
+    agreement = [Fraction(0)] * half_dim
+    for i in range(T - window, T):
+        parts = x["q"][l, i, h] * k[:i + 1]
+        pair = parts[:, :half_dim] + parts[:, half_dim:]
+        count = min(budget, max((i + 1) // 4, 1))
+        best = set(top(pair.sum(1), count))
+        for c in range(half_dim):
+            agreement[c] += Fraction(len(best & set(top(pair[:, c], count))), count)
+    return sorted(range(half_dim), key=lambda c: (-agreement[c], c))[:dims // 2]
+
+
+def fasa(x, budget, init, select, local, dims):
+    pairs = [[fasa_pairs(x, l, h, budget, dims) for h in range(HQ)] for l in range(L)]
+
+    def choose(l, t, first, end, count):
+        p = []
+        for h in range(HQ):
+            columns = [c for pair in pairs[l][h] for c in (pair, pair + D // 2)]
+            p.append(softmax(SCALE * x["k"][l, first:end, h // G][:, columns] @ x["q"][l, t, h][columns]))
+        return [[first + j for j in top(one, count)] for one in over_group(p)]
+
+    return read_selection(budget, init, select, local, choose)
+
+
 # Golden vectors -------------------------------------------------------------------------------------
 
 
@@ -1201,6 +1229,10 @@ def make_selections(x):
         add("tokenselect", "", b, tokenselect(x, b, 128, 2048, 512))
     add("tokenselect", "init=2,select=20,local=6", 24, tokenselect(x, 24, 2, 20, 6))
     add("tokenselect", "init=3,local=5,select=8", 120, tokenselect(x, 120, 3, 8, 5))  # reads all, then not
+    for b in BUDGETS:
+        add("fasa", "select_dims=6", b, fasa(x, b, 0, 256, 1, 6))
+    add("fasa", "select_dims=4,init=4,local=6,select=30", 24, fasa(x, 24, 4, 30, 6, 4))
+    add("fasa", "", 12, fasa(x, 12, 0, 256, 1, 32))  # every pair that there is
     return cases
 
 
@@ -1241,7 +1273,7 @@ def main():
             "without": {"none": "keeps everything", "random": "the engine's own generator",
                         "epicache": "prompts in blocks: tests/dlm/test_kv_session.c states them",
                         
-                        "fasa": "not stated here yet", "sentencekv": "not stated here yet",
+                        "sentencekv": "not stated here yet",
                         "icecache": "not stated here yet",
                         **{name: "stated in tests/caching/test_kv_demote.c"
                            for name in ("kivi", "zipcache", "mikv", "arkv", "minicache")}}}
