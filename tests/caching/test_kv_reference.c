@@ -560,6 +560,7 @@ typedef struct {
     int32_t rows[MAX_N];
     int32_t init, local;
     int32_t num_pairs, pairs[MAX_Q * MAX_D / 2]; /* [q_heads][num_pairs] */
+    rf_kv_units units[MAX_KV];
 } reader;
 
 /* Pairs of each query head: agreement over the prompt's last queries, each with the best min(budget, a quarter) of what it sees. */
@@ -591,6 +592,25 @@ static void reader_open(reader *x, const recording *r, const rf_kv_rule *rule, i
         x->keys[g] = (rf_kv_keys){
             .k = x->k + (int64_t)g * MAX_N * r->head_dim, .rows = x->rows, .num = r->prompt, .dim = r->head_dim};
     if (rule->selector == RF_KV_BY_PAIRS) find_pairs(x, r, rule, layer, budget);
+    rf_error err = {0};
+    for (int32_t g = 0; g < r->kv_heads && rule->selector == RF_KV_BY_PAGES; g++)
+        rf_assert_ok(rf_kv_units_page(&x->units[g], &x->keys[g], rule->page, &err), err);
+}
+
+/* The token at `position` gets its slot in every head. */
+static void reader_add(reader *x, const recording *r, const rf_kv_rule *rule, int32_t position) {
+    rf_error err = {0};
+    for (int32_t g = 0; g < r->kv_heads; g++) {
+        x->keys[g].num = position + 1;
+        if (rule->selector != RF_KV_BY_PAGES) continue;
+        rf_kv_units *u = &x->units[g];
+        rf_assert_ok(rf_kv_units_add(u, x->keys[g].k + (int64_t)position * r->head_dim, true, &err), err);
+        if (u->count[u->open] == rule->page) u->open = -1;
+    }
+}
+
+static void reader_close(reader *x, const recording *r) {
+    for (int32_t g = 0; g < r->kv_heads; g++) rf_kv_units_free(&x->units[g]);
 }
 
 /* What the token at `position` reads of a head, whose own slot is there. Returns how many. */
@@ -600,12 +620,18 @@ static int32_t choose(reader *x, const recording *r, const rf_kv_rule *rule, int
     const float *q = row_of(r, r->q, r->q_heads, layer, position, 0);
     const float scale = 1 / sqrtf((float)r->head_dim);
     float score[MAX_N], work[2 * MAX_N];
+    const float *own = q + head * group * r->head_dim;
+    if (rule->selector == RF_KV_BY_PAGES) {
+        const rf_kv_units *u = &x->units[head];
+        int32_t order[MAX_Q * MAX_N], cost[MAX_N];
+        for (int32_t h = 0; h < group; h++) rf_kv_units_rank(order + h * u->num_units, u, own + h * r->head_dim, work);
+        return rf_kv_select_units(out, u, order, group, budget, x->init, x->local, cost);
+    }
     if (rule->selector == RF_KV_BY_VOTE)
         rf_kv_select_vote(score, q, x->keys, r->kv_heads, group, scale, x->init, n - x->local, work);
     else
-        rf_kv_select_pairs(score, q + head * group * r->head_dim, &x->keys[head],
-                           x->pairs + head * group * x->num_pairs, group, x->num_pairs, scale, x->init, n - x->local,
-                           work);
+        rf_kv_select_pairs(score, own, &x->keys[head], x->pairs + head * group * x->num_pairs, group, x->num_pairs,
+                           scale, x->init, n - x->local, work);
     return rf_kv_select_best(out, score, n, budget, x->init, x->local);
 }
 
@@ -628,7 +654,7 @@ START_TEST(a_step_reads_what_its_statement_reads) {
         reader_open(&x, &r, &rule, l, budget);
         for (int32_t t = r.prompt; t < r.prompt + r.num_new; t++) {
             const bool recorded = (t - r.prompt + 1) % r.every == 0;
-            for (int32_t g = 0; g < r.kv_heads; g++) x.keys[g].num = t + 1;
+            reader_add(&x, &r, &rule, t);
             for (int32_t g = 0; g < r.kv_heads && recorded; g++) {
                 int32_t got[MAX_N], want[MAX_N], num = t + 1;
                 const rf_json_value *layer = rf_json_at(record, (size_t)l, NULL);
@@ -641,6 +667,7 @@ START_TEST(a_step_reads_what_its_statement_reads) {
             }
             if (recorded) record = rf_json_next(record);
         }
+        reader_close(&x, &r);
     }
     ck_assert_msg(differences.num == 0, "%s: %d differences%s", name, differences.num, differences.text);
     recording_close(&r);

@@ -975,6 +975,61 @@ def fasa(x, budget, init, select, local, dims):
     return read_selection(budget, init, select, local, choose)
 
 
+def whole_units(units, ranks, first, end, count):
+    """Slots between first and end of the units that are read: the best of each rank list, then the second of each, and so on; one that no
+    longer fits is passed over."""
+    taken = []
+    for place in range(len(units)):
+        for rank in ranks:
+            unit = rank[place]
+            size = sum(first <= j < end for j in units[unit])
+            if unit not in taken and size <= count:
+                taken.append(unit)
+                count -= size
+    return [j for unit in taken for j in units[unit] if first <= j < end]
+
+
+def read_units(units, scores, first, end, count):
+    """scores: one list over the units for each rank."""
+    ranks = [sorted(range(len(units)), key=lambda u: (-s[u], u)) for s in scores]
+    got = whole_units(units, ranks, first, end, count)
+    for rank, s in zip(ranks, scores):  # neighbours in rank that may change places if nothing else is read then
+        for i in range(len(rank) - 1):
+            gap = abs(s[rank[i]] - s[rank[i + 1]]) / np.abs(s).max()
+            if 0 < gap < READ_MARGIN:
+                rank[i], rank[i + 1] = rank[i + 1], rank[i]
+                if set(whole_units(units, ranks, first, end, count)) != set(got):
+                    closest[0] = min(closest[0], gap)
+                rank[i], rank[i + 1] = rank[i + 1], rank[i]
+    return got
+
+
+def near_pages(k, page):
+    """Pages of a prompt's keys: the first that has none, and those nearest to it that have none."""
+    left, pages = list(range(len(k))), []
+    while left:
+        seed = left[0]
+        far = [((k[j] - k[seed])**2).sum() for j in left[1:]]
+        near = top([-d for d in far], page - 1)
+        pages.append([seed, *(left[1 + i] for i in near)])
+        left = [j for j in left if j not in pages[-1]]
+    return pages
+
+
+def icecache(x, budget, init, select, local, page, layers=2):
+    prompt = {(l, g): near_pages(x["k"][l, :T, g], page) for l in range(layers, L) for g in range(HKV)}
+
+    def choose(l, t, first, end, count):
+        out = []
+        for g in range(HKV):
+            pages = prompt[l, g] + [list(range(a, min(a + page, t + 1))) for a in range(T, t + 1, page)]
+            means = np.array([x["k"][l, one, g].mean(0) for one in pages])
+            out.append(read_units(pages, [means @ x["q"][l, t, h] for h in range(g * G, (g + 1) * G)], first, end, count))
+        return out
+
+    return read_selection(budget, init, select, local, choose, range(layers))
+
+
 # Golden vectors -------------------------------------------------------------------------------------
 
 
@@ -1233,6 +1288,10 @@ def make_selections(x):
         add("fasa", "select_dims=6", b, fasa(x, b, 0, 256, 1, 6))
     add("fasa", "select_dims=4,init=4,local=6,select=30", 24, fasa(x, 24, 4, 30, 6, 4))
     add("fasa", "", 12, fasa(x, 12, 0, 256, 1, 32))  # every pair that there is
+    for b in BUDGETS:
+        add("icecache", "page=4", b, icecache(x, b, 4, 256, 16, 4))
+    add("icecache", "skip_layers=0,page=3,init=2,local=3,select=19", 24, icecache(x, 24, 2, 19, 3, 3, 0))
+    add("icecache", "skip_layers=0", 48, icecache(x, 48, 4, 256, 16, 8, 0))
     return cases
 
 
@@ -1274,7 +1333,6 @@ def main():
                         "epicache": "prompts in blocks: tests/dlm/test_kv_session.c states them",
                         
                         "sentencekv": "not stated here yet",
-                        "icecache": "not stated here yet",
                         **{name: "stated in tests/caching/test_kv_demote.c"
                            for name in ("kivi", "zipcache", "mikv", "arkv", "minicache")}}}
     lines = ["{"] + [f"{json.dumps(k)}: {json.dumps(v)}," for k, v in head.items()]
