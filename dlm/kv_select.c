@@ -224,6 +224,7 @@ static rf_status split_sentences(rf_kv_session *s, int layer, int sequence, cons
             RF_TRY(rf_kv_units_add(u, k, x->counts[(int64_t)h * num + j] != 0, err));
             if (ends_sentence(s, tokens[j])) u->open = -1;
         }
+        u->open = -1; /* the last one ends with the prompt */
     }
     size_t cols = (size_t)s->num_q_heads * (size_t)s->head_dim;
     memset(of->q_sum + (size_t)layer * cols, 0, cols * sizeof(float));
@@ -298,7 +299,8 @@ static int32_t choose(rf_kv_session *s, int layer, int sequence, int head, int32
         for (int64_t c = 0; c < s->group * d; c++) x->score[c % d] += sum[c];
         rf_kv_units_rank(x->order, u, x->score, x->work);
     }
-    return rf_kv_select_units(x->chosen, u, x->order, lists, budget, init, local, x->cost);
+    return rf_kv_select_units(x->chosen, u, x->order, lists, budget, init, local, s->rule.selector == RF_KV_BY_PAGES,
+                              x->cost);
 }
 
 static rf_status select_sequence(rf_kv_session *s, int layer, int sequence, rf_error *err) {

@@ -268,11 +268,11 @@ void rf_kv_units_rank(int32_t *order, const rf_kv_units *u, const float *q, floa
 }
 
 int32_t rf_kv_select_units(int32_t *out, const rf_kv_units *u, const int32_t *order, int lists, int32_t budget,
-                           int32_t init, int32_t local, int32_t *cost) {
+                           int32_t init, int32_t local, bool growing, int32_t *cost) {
     int32_t n = u->num_slots, left = budget - init - local, num = 0;
     memset(cost, 0, (size_t)u->num_units * sizeof *cost);
     for (int32_t j = init; j < n - local; j++) {
-        if (u->unit[j] >= 0) cost[u->unit[j]]++;
+        if (u->unit[j] >= 0 && (growing || u->unit[j] != u->open)) cost[u->unit[j]]++;
     }
     for (int32_t i = 0; i < u->num_units && left > 0; i++) {
         for (int l = 0; l < lists; l++) {

@@ -71,9 +71,10 @@ rf_status rf_kv_select_counts(const rf_kv_rule *rule, const rf_kv_shape *shape, 
 /* order [num_units]: by q.sum / count, the best first, units without slots last. score [2 num_units] scratch. */
 void rf_kv_units_rank(int32_t *order, const rf_kv_units *u, const float *q, float *score);
 /* out [budget]: the ends, and whole units: the first of each of `lists` orders [lists][num_units], then the second of each, ..., without
- * those that no longer fit. Slots of the ends cost nothing. cost [num_units] scratch. Returns how many are read. */
+ * those that no longer fit. Slots of the ends cost nothing. growing: the open unit is one of them (a page), or its slots between the
+ * ends wait until it is whole (a sentence). cost [num_units] scratch. Returns how many are read. */
 int32_t rf_kv_select_units(int32_t *out, const rf_kv_units *u, const int32_t *order, int lists, int32_t budget,
-                           int32_t init, int32_t local, int32_t *cost);
+                           int32_t init, int32_t local, bool growing, int32_t *cost);
 
 #ifdef __cplusplus
 }

@@ -625,7 +625,7 @@ static int32_t choose(reader *x, const recording *r, const rf_kv_rule *rule, int
         const rf_kv_units *u = &x->units[head];
         int32_t order[MAX_Q * MAX_N], cost[MAX_N];
         for (int32_t h = 0; h < group; h++) rf_kv_units_rank(order + h * u->num_units, u, own + h * r->head_dim, work);
-        return rf_kv_select_units(out, u, order, group, budget, x->init, x->local, cost);
+        return rf_kv_select_units(out, u, order, group, budget, x->init, x->local, true, cost);
     }
     if (rule->selector == RF_KV_BY_VOTE)
         rf_kv_select_vote(score, q, x->keys, r->kv_heads, group, scale, x->init, n - x->local, work);

@@ -167,13 +167,25 @@ START_TEST(whole_sentences_by_their_mean_key) {
     ck_assert(memcmp(order, want_order, sizeof order) == 0);
     /* room for 6 between the ends: 3 of sentence 1, sentence 3's 4 do not fit, 2 of sentence 2; slot 13 is of sentence 5, which costs
      * 1 more than the newest two */
-    int32_t num = rf_kv_select_units(out, &u, order, 1, 9, 1, 2, cost), want[9] = {0, 2, 3, 4, 5, 7, 13, 14, 15};
+    int32_t num = rf_kv_select_units(out, &u, order, 1, 9, 1, 2, false, cost), want[9] = {0, 2, 3, 4, 5, 7, 13, 14, 15};
     ck_assert_int_eq(num, 9);
     ck_assert(memcmp(out, want, sizeof want) == 0);
     q = -1;
     rf_kv_units_rank(order, &u, &q, score);
     int32_t other[6] = {0, 5, 2, 3, 1, 4};
     ck_assert(memcmp(order, other, sizeof order) == 0);
+    /* the sentence that has not ended, by far the best, is read only where a unit may be read while it grows */
+    int32_t seven[7], still[9] = {0, 1, 2, 3, 4, 5, 7, 17, 18}, grown[9] = {0, 2, 3, 4, 5, 7, 16, 17, 18};
+    float k = 1000, scratch[14];
+    for (int i = 0; i < 3; i++) rf_assert_ok(rf_kv_units_add(&u, &k, true, &err), err);
+    q = 1;
+    rf_kv_units_rank(seven, &u, &q, scratch);
+    ck_assert_int_eq(seven[0], 6);
+    for (int growing = 0; growing < 2; growing++) {
+        int32_t read[19], costs[7];
+        ck_assert_int_eq(rf_kv_select_units(read, &u, seven, 1, 9, 1, 2, growing == 1, costs), 9);
+        ck_assert(memcmp(read, growing == 1 ? grown : still, sizeof still) == 0);
+    }
     rf_kv_units_free(&u);
 }
 END_TEST
@@ -227,7 +239,7 @@ START_TEST(pages_of_a_group_are_a_union) {
     }
     int32_t order[2][6] = {{1, 2, 3, 4, 5, 0}, {4, 1, 0, 2, 3, 5}}, out[12], cost[6];
     int32_t want[7] = {2, 3, 4, 5, 8, 9, 11}; /* pages 1, 4, then 2 */
-    ck_assert_int_eq(rf_kv_select_units(out, &u, &order[0][0], 2, 7, 0, 1, cost), 7);
+    ck_assert_int_eq(rf_kv_select_units(out, &u, &order[0][0], 2, 7, 0, 1, true, cost), 7);
     ck_assert(memcmp(out, want, sizeof want) == 0);
     rf_kv_units_free(&u);
 }
