@@ -561,6 +561,7 @@ typedef struct {
     int32_t init, local;
     int32_t num_pairs, pairs[MAX_Q * MAX_D / 2]; /* [q_heads][num_pairs] */
     rf_kv_units units[MAX_KV];
+    float sum[MAX_Q * MAX_D]; /* queries of the sentence so far, [q_heads][head_dim] */
 } reader;
 
 /* Pairs of each query head: agreement over the prompt's last queries, each with the best min(budget, a quarter) of what it sees. */
@@ -579,7 +580,48 @@ static void find_pairs(reader *x, const recording *r, const rf_kv_rule *rule, in
     }
 }
 
-static void reader_open(reader *x, const recording *r, const rf_kv_rule *rule, int32_t layer, int32_t budget) {
+static bool ends_sentence(const recording *r, const rf_kv_rule *rule, int32_t position) {
+    const int32_t token = (int32_t)r->tokens[position];
+    bool ends = false;
+    for (int i = 0; i < RF_KV_DELIMITERS; i++) ends |= rule->delimiters[i] == token;
+    return ends;
+}
+
+/* Sentences of the prompt, of the tokens that count by the window's attention. */
+static void split_prompt(reader *x, const recording *r, const rf_json_value *c, const rf_kv_rule *rule, int32_t layer,
+                         int32_t budget) {
+    const char *tensor = rf_json_string(member(member(c, "stats"), "s1"));
+    const rf_kv_shape shape = {.num_layers = r->layers,
+                               .num_q_heads = r->q_heads,
+                               .num_kv_heads = r->kv_heads,
+                               .head_dim = r->head_dim,
+                               .max_prompt = r->prompt,
+                               .max_new = r->num_new};
+    uint8_t counts[MAX_KV * MAX_N];
+    int64_t n = 0;
+    float *s1 = read_tensor(r, tensor, &n);
+    const rf_kv_stats stats = {.num_keys = r->prompt,
+                               .stride = r->prompt,
+                               .num_queries = queries_of(tensor, r->prompt),
+                               .s1 = s1 + layer * (n / r->layers),
+                               .head_dim = r->head_dim};
+    rf_error err = {0};
+    rf_assert_ok(rf_kv_select_counts(rule, &shape, layer, r->prompt, budget, &stats, counts, &err), err);
+    rf_free(s1);
+    for (int32_t g = 0; g < r->kv_heads; g++) {
+        rf_kv_units_reset(&x->units[g], r->head_dim);
+        for (int32_t t = 0; t < r->prompt; t++) {
+            rf_assert_ok(rf_kv_units_add(&x->units[g], x->keys[g].k + (int64_t)t * r->head_dim,
+                                         counts[g * r->prompt + t] != 0, &err),
+                         err);
+            if (ends_sentence(r, rule, t)) x->units[g].open = -1;
+        }
+        x->units[g].open = -1;
+    }
+}
+
+static void reader_open(reader *x, const recording *r, const rf_json_value *c, const rf_kv_rule *rule, int32_t layer,
+                        int32_t budget) {
     memset(x, 0, sizeof *x);
     rf_kv_select_ends(rule, budget, &x->init, &x->local);
     for (int32_t t = 0; t < r->prompt + r->num_new; t++) {
@@ -592,20 +634,24 @@ static void reader_open(reader *x, const recording *r, const rf_kv_rule *rule, i
         x->keys[g] = (rf_kv_keys){
             .k = x->k + (int64_t)g * MAX_N * r->head_dim, .rows = x->rows, .num = r->prompt, .dim = r->head_dim};
     if (rule->selector == RF_KV_BY_PAIRS) find_pairs(x, r, rule, layer, budget);
+    if (rule->selector == RF_KV_BY_SENTENCES) split_prompt(x, r, c, rule, layer, budget);
     rf_error err = {0};
     for (int32_t g = 0; g < r->kv_heads && rule->selector == RF_KV_BY_PAGES; g++)
         rf_assert_ok(rf_kv_units_page(&x->units[g], &x->keys[g], rule->page, &err), err);
 }
 
-/* The token at `position` gets its slot in every head. */
-static void reader_add(reader *x, const recording *r, const rf_kv_rule *rule, int32_t position) {
+/* The token at `position` gets its slot in every head; ends: it is the last of its sentence. */
+static void reader_add(reader *x, const recording *r, const rf_kv_rule *rule, int32_t layer, int32_t position,
+                       bool ends) {
+    const float *q = row_of(r, r->q, r->q_heads, layer, position, 0);
     rf_error err = {0};
+    for (int32_t i = 0; i < r->q_heads * r->head_dim; i++) x->sum[i] += q[i];
     for (int32_t g = 0; g < r->kv_heads; g++) {
         x->keys[g].num = position + 1;
-        if (rule->selector != RF_KV_BY_PAGES) continue;
+        if (rule->selector != RF_KV_BY_PAGES && rule->selector != RF_KV_BY_SENTENCES) continue;
         rf_kv_units *u = &x->units[g];
         rf_assert_ok(rf_kv_units_add(u, x->keys[g].k + (int64_t)position * r->head_dim, true, &err), err);
-        if (u->count[u->open] == rule->page) u->open = -1;
+        if (rule->selector == RF_KV_BY_PAGES ? u->count[u->open] == rule->page : ends) u->open = -1;
     }
 }
 
@@ -621,9 +667,16 @@ static int32_t choose(reader *x, const recording *r, const rf_kv_rule *rule, int
     const float scale = 1 / sqrtf((float)r->head_dim);
     float score[MAX_N], work[2 * MAX_N];
     const float *own = q + head * group * r->head_dim;
+    const rf_kv_units *u = &x->units[head];
+    int32_t order[MAX_Q * MAX_N], cost[MAX_N];
+    if (rule->selector == RF_KV_BY_SENTENCES) { /* a multiple of the mean query ranks as the mean does */
+        float sum[MAX_D] = {0};
+        for (int32_t i = 0; i < group * r->head_dim; i++)
+            sum[i % r->head_dim] += x->sum[head * group * r->head_dim + i];
+        rf_kv_units_rank(order, u, sum, work);
+        return rf_kv_select_units(out, u, order, 1, budget, x->init, x->local, false, cost);
+    }
     if (rule->selector == RF_KV_BY_PAGES) {
-        const rf_kv_units *u = &x->units[head];
-        int32_t order[MAX_Q * MAX_N], cost[MAX_N];
         for (int32_t h = 0; h < group; h++) rf_kv_units_rank(order + h * u->num_units, u, own + h * r->head_dim, work);
         return rf_kv_select_units(out, u, order, group, budget, x->init, x->local, true, cost);
     }
@@ -651,10 +704,11 @@ START_TEST(a_step_reads_what_its_statement_reads) {
     static reader x;
     for (int32_t l = 0; l < r.layers; l++) {
         const rf_json_value *record = rf_json_first(records);
-        reader_open(&x, &r, &rule, l, budget);
+        reader_open(&x, &r, c, &rule, l, budget);
         for (int32_t t = r.prompt; t < r.prompt + r.num_new; t++) {
             const bool recorded = (t - r.prompt + 1) % r.every == 0;
-            reader_add(&x, &r, &rule, t);
+            const bool ends = ends_sentence(&r, &rule, t);
+            reader_add(&x, &r, &rule, l, t, ends);
             for (int32_t g = 0; g < r.kv_heads && recorded; g++) {
                 int32_t got[MAX_N], want[MAX_N], num = t + 1;
                 const rf_json_value *layer = rf_json_at(record, (size_t)l, NULL);
@@ -666,6 +720,7 @@ START_TEST(a_step_reads_what_its_statement_reads) {
                 compare_list(&differences, t, l, g, got, num, want, num_want);
             }
             if (recorded) record = rf_json_next(record);
+            if (ends) memset(x.sum, 0, sizeof x.sum);
         }
         reader_close(&x, &r);
     }

@@ -1016,6 +1016,32 @@ def near_pages(k, page):
     return pages
 
 
+def sentencekv(x, budget, init, select, local, w, factor=3, size=7):
+    """The prompt's last sentence ends with the prompt; the one that the model is in has no vector yet."""
+    ends = lambda tokens: [t for t in tokens if x["tokens"][t] == DOT]
+    prompt, first = [], 0
+    for end in sorted({*ends(range(T)), T - 1}):
+        prompt.append(range(first, end + 1))
+        first = end + 1
+    counts = snapkv(x, factor * budget, w, "max", size)  # the others have no part in their sentence
+
+    def choose(l, t, first, end, count):
+        new, begin = [], T
+        for dot in ends(range(T, t + 1)):
+            new.append(list(range(begin, dot + 1)))
+            begin = dot + 1
+        now = new[-1] if begin > t else range(begin, t + 1)
+        out = []
+        for g in range(HKV):
+            sentences = [[j for j in one if j in counts[l][g]] for one in prompt] + new
+            sentences = [one for one in sentences if one]
+            q = np.mean([x["q"][l, i, h] for i in now for h in range(g * G, (g + 1) * G)], 0)
+            out.append(read_units(sentences, [np.array([x["k"][l, one, g].mean(0) @ q for one in sentences])], first, end, count))
+        return out
+
+    return read_selection(budget, init, select, local, choose)
+
+
 def icecache(x, budget, init, select, local, page, layers=2):
     prompt = {(l, g): near_pages(x["k"][l, :T, g], page) for l in range(layers, L) for g in range(HKV)}
 
@@ -1292,6 +1318,12 @@ def make_selections(x):
         add("icecache", "page=4", b, icecache(x, b, 4, 256, 16, 4))
     add("icecache", "skip_layers=0,page=3,init=2,local=3,select=19", 24, icecache(x, 24, 2, 19, 3, 3, 0))
     add("icecache", "skip_layers=0", 48, icecache(x, 48, 4, 256, 16, 8, 0))
+    dots = f"delimiter1={DOT},delimiter2=-1,delimiter3=-1,delimiter4=-1"
+    s1 = {"s1": "window8.s1"}
+    for b in BUDGETS:
+        add("sentencekv", f"window=8,{dots}", b, sentencekv(x, b, 32, 256, 32, 8), s1)
+    for b in (16, 30):
+        add("sentencekv", f"window=8,init=2,local=3,select=25,{dots}", b, sentencekv(x, b, 2, 25, 3, 8), s1)
     return cases
 
 
@@ -1331,8 +1363,6 @@ def main():
             "prompt": T, "new": NEW, "every": EVERY, "tokens": x["tokens"], "head_classes": HEAD_LIST, "retrieval_heads": RETRIEVAL, "layer_shares": [1 / L] * L,
             "without": {"none": "keeps everything", "random": "the engine's own generator",
                         "epicache": "prompts in blocks: tests/dlm/test_kv_session.c states them",
-                        
-                        "sentencekv": "not stated here yet",
                         **{name: "stated in tests/caching/test_kv_demote.c"
                            for name in ("kivi", "zipcache", "mikv", "arkv", "minicache")}}}
     lines = ["{"] + [f"{json.dumps(k)}: {json.dumps(v)}," for k, v in head.items()]
