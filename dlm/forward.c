@@ -42,8 +42,10 @@ static rf_status check_options(const rf_text_model *model, rf_text_session_optio
         return rf_fail(err, RF_ERR_ARGUMENT, "%d sequences of %d rows are too many", o->batch, o->capacity);
     if ((o->keep_inputs || o->keep_increments || o->external_slots != 0) && o->batch != 1)
         return rf_fail(err, RF_ERR_UNSUPPORTED, "kept planes with a batch of %d, expected 1", o->batch);
-    if (o->layer_planes < 0 || (o->layer_planes > 0 && (o->keep_inputs || o->keep_increments || o->external_slots != 0)))
-        return rf_fail(err, RF_ERR_UNSUPPORTED, "kept planes in a session of %d layers' keys and values", o->layer_planes);
+    if (o->layer_planes < 0 ||
+        (o->layer_planes > 0 && (o->keep_inputs || o->keep_increments || o->external_slots != 0)))
+        return rf_fail(err, RF_ERR_UNSUPPORTED, "kept planes in a session of %d layers' keys and values",
+                       o->layer_planes);
     if (o->external_slots < 0 || o->external_slots > o->capacity)
         return rf_fail(err, RF_ERR_ARGUMENT, "%d external slots, expected 0..%d (the capacity)", o->external_slots,
                        o->capacity);
@@ -152,7 +154,8 @@ static rf_status take_buffers(rf_text_session *s, rf_arena *arena, rf_error *err
     size_t rows = (size_t)o->batch * (size_t)o->max_rows, hidden = (size_t)d->hidden, ffn = (size_t)d->ffn;
     size_t q_cols = (size_t)s->q_cols, kv_cols = (size_t)s->kv_cols, heads = (size_t)d->num_q_heads;
     size_t state_rows = (size_t)d->num_layers * (size_t)o->batch * (size_t)s->cache_rows;
-    size_t key_rows = (size_t)(o->layer_planes > 0 ? o->layer_planes : d->num_layers) * (size_t)o->batch * (size_t)s->cache_rows;
+    size_t key_rows =
+        (size_t)(o->layer_planes > 0 ? o->layer_planes : d->num_layers) * (size_t)o->batch * (size_t)s->cache_rows;
     size_t slots = (size_t)d->num_layers * (size_t)rf_text_external_slots(s), layers = (size_t)d->num_layers;
     size_t drift = o->keep_inputs, verify = o->keep_increments, keys = (size_t)o->capacity;
     size_t head = (size_t)s->head_capacity;

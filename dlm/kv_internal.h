@@ -91,9 +91,10 @@ struct rf_kv_session {
     int32_t num_drafted;
     bool on_device; /* slots are chosen by kv_evict; the books end with the prompt */
     bool slides;    /* positions inside the cache by kv_slide.c */
-    bool overlaps;  /* a prompt's layer is chosen while the next one is computed: two planes of everything that a choice reads */
-    bool ahead;     /* this prompt is */
-    bool host;      /* the backend is the host's */
+    bool
+        overlaps; /* a prompt's layer is chosen while the next one is computed: two planes of everything that a choice reads */
+    bool ahead; /* this prompt is */
+    bool host;  /* the backend is the host's */
     rf_kv_evict_mode evict_mode;
 
     int num_layers, num_q_heads, num_kv_heads, head_dim, group, batch, units;
@@ -116,10 +117,10 @@ struct rf_kv_session {
     int32_t *iota_rows;    /* [U][stride] u * stride + j: lists over them */
     int32_t *iota_slots;   /* CACHE: [Hkv][stride] j */
     int32_t *rows, *lens;  /* [L][U][stride], [L][U] */
-    int32_t *positions, *spare, *budgets; /* on_device: [L][U][stride], [L][U], [L][U] */
-    float *scores;                        /* on_device: [L][U][stride] */
-    int32_t *copy_lists;                  /* from, to, turn: [3][Hkv][list_stride], counts [Hkv] */
-    float *lse, *weights;                 /* [Hq][chunk], [max_prompt + extra] */
+    int32_t *positions, *spare, *budgets;             /* on_device: [L][U][stride], [L][U], [L][U] */
+    float *scores;                                    /* on_device: [L][U][stride] */
+    int32_t *copy_lists;                              /* from, to, turn: [3][Hkv][list_stride], counts [Hkv] */
+    float *lse, *weights;                             /* [Hq][chunk], [max_prompt + extra] */
     rf_kv_measures measured, host_measured, host_odd; /* host_odd: of odd layers, with overlaps */
     rf_kv_stats layer_stats[2];
     float *anchor;                    /* [Hkv][D] */

@@ -77,7 +77,7 @@ typedef struct {
      * that the device stood still for (all of it, unless layers are chosen while later ones are computed); prefill_ms: prompts
      * without that part, so that prefill_ms + score_wait_ms is what they took. While decoding: what the host waited for. */
     double prefill_ms, score_ms, score_wait_ms, step_score_ms;
-    int32_t budget;    /* of the last sequence */
+    int32_t budget; /* of the last sequence */
     int graph_nodes;
 } rf_kv_session_info;
 rf_kv_session_info rf_kv_session_get_info(const rf_kv_session *session);

@@ -34,7 +34,7 @@ typedef struct {
     rf_text_layer *layers;
     float *rope;            /* device f32 [rope_positions][head_dim / 2][2] = (cos, sin) */
     int64_t rope_positions; /* = desc.max_positions */
-    char *folder; /* it was loaded from; NULL: synthetic */
+    char *folder;           /* it was loaded from; NULL: synthetic */
 } rf_text_model;
 
 /* dir: a Hugging Face folder (config.json, safetensors, sharded or not). dtype f32 or bf16 (CUDA). Weight names that the

@@ -348,7 +348,8 @@ static __global__ void __launch_bounds__(EVICT_THREADS, 1)
             const float now = p.mode == RF_KV_EVICT_SUM && slot < len - 1 ? fmaf(p.decay, before, pr) : pr;
             score[slot] = now;
             if (slot == begin) first_score = now;
-            if (slot >= p.sinks && slot < last_free) own = min(own, (ranked)rf_float_key(now) << 32 | (LAST_SLOT - (uint32_t)slot));
+            if (slot >= p.sinks && slot < last_free)
+                own = min(own, (ranked)rf_float_key(now) << 32 | (LAST_SLOT - (uint32_t)slot));
         }
     } else if (threadIdx.x == 0) {
         if (begin < len && score) first_score = score[begin];

@@ -37,9 +37,9 @@ typedef struct {
 typedef struct kv_setting {
     char *name; /* as it was given, '+' between options; "none" */
     rf_kv_rule rule;
-    int32_t budget; /* 0 = by ratio */
-    double ratio;   /* 0 = by budget */
-    bool agnostic;  /* the part of the prompt before its question is compressed without it */
+    int32_t budget;              /* 0 = by ratio */
+    double ratio;                /* 0 = by budget */
+    bool agnostic;               /* the part of the prompt before its question is compressed without it */
     const rf_token_ids *episode; /* the settings' */
 } kv_setting;
 
