@@ -4,7 +4,8 @@
  *
  * Statistics of a prompt are the recorded ones, and a rule is given those alone that its needs name. Of a decoded token they are
  * computed here, in double, over the slots that the book has. Positions are equal: every choice of the fixture has 1e-6 or more
- * between the last kept and the first dropped score. Rules that rf_kv_rule_check refuses are listed and nothing else. */
+ * between the last kept and the first dropped score, of a selection 5e-6 (its products are f32). Rules that rf_kv_rule_check refuses
+ * are listed and nothing else. */
 #include <stdarg.h>
 
 #include "caching/kv/kv.h"

@@ -41,6 +41,12 @@ Readings  where texts leave room (see `CASES` for options):
   trimkv       behind a prompt too, a head goes back to the budget only when it has the buffer more
   global-retention  the same for all slots together, buffer x layers x key heads more; floor (0): every head's best int(floor B) stay, the
                rest of the budget is the best of all others
+  tokenselect  1 / sqrt(D), and query head h on key head h / G; true positions; a new choice each step
+  fasa         pairs of each prompt, from its last 8 queries, each with the best min(budget, a quarter of what it sees)
+  sentencekv   a sentence that does not fit is passed over; the prompt's last one ends with the prompt; one that has not ended is no
+               candidate; the query is of new tokens alone, a mean over the group too; tokens that do not count are never read
+               between the ends
+  icecache     no tree: pages of the first key without one and those nearest to it; a page costs its slots between the ends
 """
 
 import argparse
@@ -1294,6 +1300,8 @@ def make_cases(x):
     for b in BUDGETS:
         add("razor", "", b, {}, razor(b))
     add("razor", "sinks=2", 24, {}, razor(24, 2))
+    for b in BUDGETS:  # behind the prompt alone: no buffer
+        add("trimkv", "schedule=prefill", b, {"gate": "gate"}, trimkv(x, b, 0)[0])
     return cases
 
 
