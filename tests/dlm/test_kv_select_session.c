@@ -189,7 +189,8 @@ START_TEST(lists_are_those_of_the_rule) {
                 read += in;
                 ended |= tokens[j] == 7 || tokens[j] == 40 || tokens[j] == 99;
                 if (!ended && j + 1 < n - local) continue;
-                for (int k = j + 1; k < n; k++) ended |= tokens[k] == 7 || tokens[k] == 40 || tokens[k] == 99;
+                for (int k = j + 1; k < n; k++)
+                    ended |= k == LEN - 1 || tokens[k] == 7 || tokens[k] == 40 || tokens[k] == 99;
                 ck_assert_msg(read == 0 || (ended && read == j + 1 - begin), "%d of sentence %d..%d are read", read,
                               begin, j);
                 begin = j + 1;
