@@ -1,11 +1,13 @@
 /* samples/refrain/kv_args.c - specs of KV policies to settings. */
 #include "samples/refrain/kv_args.h"
+#include "caching/kv/demote.h"
 
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "caching/kv/demote.h"
 #include "core/memory.h"
 
 #define MAX_SIZES   32
@@ -232,7 +234,8 @@ static rf_status add_policy(kv_settings *out, const kv_setting *one, const sizes
             return rf_fail(err, RF_ERR_ARGUMENT, "--kv-policy none: keeps everything, whatever the budget");
         return append(out, one, 0, 0, false, err);
     }
-    bool unsized = !s->given && needs_no_size(&one->rule);
+    bool whole = rf_kv_packs(&one->rule) && !rf_kv_packs_under_budget(&one->rule); /* beside sizes of others: once */
+    bool unsized = needs_no_size(&one->rule) && (!s->given || (whole && !single));
     if (single && !s->given && !unsized)
         return rf_fail(err, RF_ERR_ARGUMENT,
                        "--kv-policy %s: expected how much it may keep, --kv-budget N or --kv-ratio R", one->name);
@@ -241,7 +244,7 @@ static rf_status add_policy(kv_settings *out, const kv_setting *one, const sizes
         if (unsized) RF_TRY(append(out, one, 0, 0, way == KV_AGNOSTIC, err));
         for (int i = 0; i < s->num_ratios && !unsized; i++)
             RF_TRY(append(out, one, 0, s->ratios[i], way == KV_AGNOSTIC, err));
-        for (int i = 0; i < s->num_budgets; i++)
+        for (int i = 0; i < s->num_budgets && !unsized; i++)
             RF_TRY(append(out, one, (int32_t)s->budgets[i], 0, way == KV_AGNOSTIC, err));
     }
     return RF_OK;
