@@ -28,11 +28,12 @@
 #include "kernels/device.cuh"
 #include "kernels/kv_cuda.cuh"
 #include "kernels/kvq_checks.h"
+#include "kernels/kvq_cuda.cuh"
 #include "kernels/launch.cuh"
 #include "kernels/ops_cuda.h"
 
 static constexpr int BLOCK = RF_KVQ_BLOCK, MAX_DIM = RF_KVQ_MAX_HEAD_DIM;
-static constexpr int WARPS = 4, ATTENTION_THREADS = WARPS * 32, ROW_THREADS = 256, MAX_SPLITS = 64;
+static constexpr int WARPS = 4, ATTENTION_THREADS = WARPS * 32, ROW_THREADS = 256, MAX_SPLITS = 64, JOIN_WARPS = 8;
 static constexpr int E4M3 = 3, ROWS_BF16 = 16, ROWS_F32 = 32; /* beside 2, 4 and 8 bits */
 static_assert(BLOCK == 32 && MAX_DIM == RF_KV_MAX_HEAD_DIM, "lanes of a warp; 8 elements of a lane");
 
@@ -121,21 +122,9 @@ template <int CODE> struct quick_affine : affine<CODE> {
     }
 };
 
-/* One plane of a unit. */
-struct plane {
-    uint8_t *codes;
-    uint32_t *scales; /* f32, or two halves */
-    const float *factor;
-};
-static __device__ __forceinline__ plane plane_of(const rf_kvq_store &s, int64_t unit, bool is_value) {
-    const float *const factor = is_value ? s.v_factor : s.k_factor;
-    return {(uint8_t *)(is_value ? s.v_codes : s.k_codes) + unit * s.codes_stride,
-            (uint32_t *)((uint8_t *)(is_value ? s.v_scales : s.k_scales) + unit * s.scales_stride),
-            factor ? factor + unit * s.head_dim : NULL};
-}
 /* Octet c / 8 of a token that is not by channel, and the place of its scale. */
 template <int CODE>
-static __device__ __forceinline__ const uint8_t *octet_at(const plane &p, int64_t token, int c, int dim) {
+static __device__ __forceinline__ const uint8_t *octet_at(const rf_kvq_plane &p, int64_t token, int c, int dim) {
     return p.codes + (token * dim + c) / 8 * octet<CODE>::BYTES;
 }
 template <int CODE>
@@ -192,7 +181,7 @@ static __global__ void __launch_bounds__(ROW_THREADS)
     const bool is_value = first_plane + (int)blockIdx.y == 1;
     rf_wait_for_previous();
     const bool active = i < min(p.counts[unit], (int)p.most) && c < dim;
-    const plane to = plane_of(s, unit, is_value);
+    const rf_kvq_plane to = rf_kvq_plane_of(s, unit, is_value);
     const int64_t token = p.first[unit] + (int64_t)i;
     float x[8] = {};
     if (active) {
@@ -263,7 +252,7 @@ static __global__ void __launch_bounds__(MAX_DIM)
     rf_wait_for_previous();
     const int num = min(min(p.counts[unit], (int)p.most) - begin, BLOCK);
     if (num <= 0 || c >= dim) return;
-    const plane to = plane_of(p.store, unit, false);
+    const rf_kvq_plane to = rf_kvq_plane_of(p.store, unit, false);
     const int64_t block = (p.first[unit] + begin) / BLOCK;
     const int32_t *const from = p.from + unit * p.list_stride + begin;
     const T *const k = (const T *)p.k + unit * p.head_stride + c;
@@ -345,7 +334,7 @@ static __global__ void __launch_bounds__(ROW_THREADS)
     const bool is_value = blockIdx.y == 1, by_channel = keys_by_channel && !is_value;
     rf_wait_for_previous();
     const int num = (int)min(min((int64_t)p.lens[unit], p.most) - block * BLOCK, (int64_t)BLOCK);
-    const plane from = plane_of(s, unit, is_value);
+    const rf_kvq_plane from = rf_kvq_plane_of(s, unit, is_value);
     for (int at = threadIdx.x; at < num * octets; at += ROW_THREADS) {
         const int i = at / octets, c = at % octets * 8;
         const int64_t token = block * BLOCK + i, to = (unit * p.out_stride + token) * dim + c;
@@ -398,12 +387,6 @@ extern "C" rf_status rf_kvq_unpack_cuda(rf_stream *stream, const rf_kvq_unpack_a
 
 /* --- attention ------------------------------------------------------------------------------------------------------------- */
 
-struct attention_params {
-    rf_kvq_attention_args a;
-    int num_splits;
-    float *part_lse, *part_out; /* [units x group][splits], [.][D], normalised, if num_splits > 1 */
-};
-
 /* A lane keeps the half of `in` that its bit `mask` says, and adds what the other lane has for it. */
 template <int NUM, int HEADS>
 static __device__ __forceinline__ void keep_half(const float (&in)[2 * NUM][HEADS], float (&out)[NUM][HEADS], int lane,
@@ -444,10 +427,6 @@ template <int HEADS> static __device__ __forceinline__ void load_heads(const flo
     }
 }
 
-static __device__ __forceinline__ float exp_of(float x) {
-    return exp2_approx(x * RF_LOG2_E);
-}
-
 /* DIM 0: any head_dim. LOADS: octets that a lane loads together, as many as leave room for the sums. */
 template <int CODE, bool BY_CHANNEL, int DIM, int HEADS> struct attention_shape {
     static constexpr int LANES = DIM == 64 ? 8 : DIM == 128 ? 16 : 32; /* of a row */
@@ -461,7 +440,7 @@ template <int CODE, bool BY_CHANNEL, int DIM, int HEADS> struct attention_shape 
 /* Grid (units x splits, head batches). */
 template <int CODE, bool BY_CHANNEL, int DIM, int HEADS>
 static __global__ void __launch_bounds__(ATTENTION_THREADS, attention_shape<CODE, BY_CHANNEL, DIM, HEADS>::MIN_BLOCKS)
-    attention_kernel(const __grid_constant__ attention_params p) {
+    attention_kernel(const __grid_constant__ rf_kvq_attention_params p) {
     using Shape = attention_shape<CODE, BY_CHANNEL, DIM, HEADS>;
     constexpr int LANES = Shape::LANES, WIDTH = Shape::WIDTH, SUBS = Shape::SUBS, CHUNK = Shape::CHUNK,
                   LOADS = Shape::LOADS;
@@ -482,7 +461,7 @@ static __global__ void __launch_bounds__(ATTENTION_THREADS, attention_shape<CODE
     const int len = max(min(p.a.lens[unit], (int)p.a.most), 0), blocks = (len + BLOCK - 1) / BLOCK;
     const int each = (blocks + p.num_splits - 1) / p.num_splits;
     const int begin = split * each, end = min(begin + each, blocks);
-    const plane keys = plane_of(s, unit, false), values = plane_of(s, unit, true);
+    const rf_kvq_plane keys = rf_kvq_plane_of(s, unit, false), values = rf_kvq_plane_of(s, unit, true);
 
     for (int at = threadIdx.x; at < WIDTH * HEADS; at += ATTENTION_THREADS) {
         const int c = at % WIDTH, h = at / WIDTH;
@@ -598,13 +577,13 @@ static __global__ void __launch_bounds__(ATTENTION_THREADS, attention_shape<CODE
             if (!there) logit[h] = -INFINITY;
             const float most = rf_warp_max(logit[h]);
             if (most > top[h]) { /* alike in all lanes */
-                const float shrink = exp_of(top[h] - most);
+                const float shrink = rf_kvq_exp(top[h] - most);
                 top[h] = most;
                 sum[h] *= shrink;
 #pragma unroll
                 for (int j = 0; j < 8; j++) out[h][j] *= shrink;
             }
-            logit[h] = there ? exp_of(logit[h] - top[h]) : 0.0f;
+            logit[h] = there ? rf_kvq_exp(logit[h] - top[h]) : 0.0f;
             sum[h] += logit[h];
             probs[warp][mine][h] = logit[h];
         }
@@ -658,7 +637,7 @@ static __global__ void __launch_bounds__(ATTENTION_THREADS, attention_shape<CODE
         for (int w = 0; w < WARPS; w++) most = fmaxf(most, tops[w][h]);
 #pragma unroll
         for (int w = 0; w < WARPS; w++) {
-            weight[w] = tops[w][h] == -INFINITY ? 0.0f : exp_of(tops[w][h] - most);
+            weight[w] = tops[w][h] == -INFINITY ? 0.0f : rf_kvq_exp(tops[w][h] - most);
             total = fmaf(weight[w], sums[w][h], total);
         }
         const float inv = total > 0.0f ? 1.0f / total : 0.0f, lse = total > 0.0f ? most + logf(total) : -INFINITY;
@@ -686,43 +665,58 @@ static __global__ void __launch_bounds__(ATTENTION_THREADS, attention_shape<CODE
     }
 }
 
-/* Joins splits, in split order: a warp per (unit, head). */
-static __global__ void __launch_bounds__(ATTENTION_THREADS) combine_kernel(const __grid_constant__ attention_params p) {
-    const int lane = threadIdx.x & 31, dim = p.a.store.head_dim, splits = p.num_splits;
-    const int64_t row = (int64_t)blockIdx.x * WARPS + (threadIdx.x >> 5);
+/* Joins splits: a block per (unit, head), warp w the splits w, w + JOIN_WARPS, ..., all rows of a warp under way at once. CHUNKS: of 32
+ * channels. */
+template <int CHUNKS>
+static __global__ void __launch_bounds__(JOIN_WARPS * 32)
+    combine_kernel(const __grid_constant__ rf_kvq_attention_params p) {
+    constexpr int ROUNDS = MAX_SPLITS / JOIN_WARPS;
+    static_assert(MAX_SPLITS == 64 && 32 % JOIN_WARPS == 0, "two weights a lane");
+    __shared__ float parts[JOIN_WARPS][CHUNKS * 32];
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, dim = p.a.store.head_dim, splits = p.num_splits;
+    const int64_t row = blockIdx.x;
     rf_wait_for_previous();
-    if (row >= p.a.units * p.a.group_heads) return;
     const float *const lses = p.part_lse + row * splits;
     const float low = lane < splits ? lses[lane] : -INFINITY, high = lane + 32 < splits ? lses[lane + 32] : -INFINITY;
     const float top = rf_warp_max(fmaxf(low, high));
-    const float w_low = low == -INFINITY ? 0.0f : exp_of(low - top),
-                w_high = high == -INFINITY ? 0.0f : exp_of(high - top);
-    float sum = 0.0f, o[MAX_DIM / 32] = {};
-#pragma unroll 4
-    for (int i = 0; i < splits; i++) {
-        const float w = __shfl_sync(RF_ALL_LANES, i < 32 ? w_low : w_high, i & 31);
-        if (w == 0.0f) continue; /* an empty split has written no row */
-        sum += w;
+    const float w_low = low == -INFINITY ? 0.0f : rf_kvq_exp(low - top),
+                w_high = high == -INFINITY ? 0.0f : rf_kvq_exp(high - top);
+    const float sum = rf_warp_sum(w_low + w_high);
+    float w[ROUNDS], v[ROUNDS][CHUNKS], o[CHUNKS] = {};
+#pragma unroll
+    for (int r = 0; r < ROUNDS; r++) {
+        const int i = warp + r * JOIN_WARPS;
+        w[r] = __shfl_sync(RF_ALL_LANES, r < ROUNDS / 2 ? w_low : w_high, i & 31);
         const float *const part = p.part_out + (row * splits + i) * dim;
 #pragma unroll
-        for (int k = 0; k < MAX_DIM / 32; k++)
-            if (k * 32 + lane < dim) o[k] = fmaf(w, part[k * 32 + lane], o[k]);
+        for (int k = 0; k < CHUNKS; k++) { /* an empty split has written no row */
+            v[r][k] = 0.0f;
+            if (w[r] != 0.0f && k * 32 + lane < dim) v[r][k] = part[k * 32 + lane];
+        }
     }
-    const float inv = sum > 0.0f ? 1.0f / sum : 0.0f;
-    if (lane == 0) p.a.lse[row] = sum > 0.0f ? top + logf(sum) : -INFINITY;
 #pragma unroll
-    for (int k = 0; k < MAX_DIM / 32; k++) {
-        const int c = k * 32 + lane;
-        if (c >= dim) continue;
-        if (p.a.store.dtype == RF_DTYPE_F32)
-            ((float *)p.a.out)[row * dim + c] = o[k] * inv;
-        else
-            ((rf_bf16 *)p.a.out)[row * dim + c] = rf_from_f32<rf_bf16>(o[k] * inv);
-    }
+    for (int r = 0; r < ROUNDS; r++)
+#pragma unroll
+        for (int k = 0; k < CHUNKS; k++) o[k] = fmaf(w[r], v[r][k], o[k]);
+#pragma unroll
+    for (int k = 0; k < CHUNKS; k++) parts[warp][k * 32 + lane] = o[k];
+    __syncthreads(); /* the warps' parts are there */
+    const float inv = sum > 0.0f ? 1.0f / sum : 0.0f;
+    if (threadIdx.x == 0) p.a.lse[row] = sum > 0.0f ? top + logf(sum) : -INFINITY;
+    const int c = threadIdx.x;
+    if (c >= dim) return;
+    float total = 0.0f;
+#pragma unroll
+    for (int i = 0; i < JOIN_WARPS; i++) total += parts[i][c];
+    if (p.a.store.dtype == RF_DTYPE_F32)
+        ((float *)p.a.out)[row * dim + c] = total * inv;
+    else
+        ((rf_bf16 *)p.a.out)[row * dim + c] = rf_from_f32<rf_bf16>(total * inv);
 }
 
 /* Heads that a block takes: what is read once for all of them. */
 static int heads_of(const rf_kvq_attention_args *a) {
+    if (rf_kvq_mma_takes(a)) return rf_kvq_mma_heads(a);
     if (a->store.head_dim != 64 && a->store.head_dim != 128) return 4;
     return a->group_heads <= 2 ? 2 : a->group_heads <= 4 ? 4 : 8;
 }
@@ -748,14 +742,14 @@ extern "C" size_t rf_kvq_attention_workspace_cuda(rf_backend *backend, const rf_
 }
 
 template <int CODE, bool BY_CHANNEL, int DIM, int HEADS>
-static rf_status launch_attention(rf_stream *stream, const attention_params &p, rf_error *err) {
+static rf_status launch_attention(rf_stream *stream, const rf_kvq_attention_params &p, rf_error *err) {
     const dim3 grid((unsigned)(p.a.units * p.num_splits), (unsigned)rf_ceil_div(p.a.group_heads, HEADS));
     return rf_launch_early(stream, "kvq_attention", err, attention_kernel<CODE, BY_CHANNEL, DIM, HEADS>, grid,
                            dim3(ATTENTION_THREADS), 0, p);
 }
 
 template <int CODE, bool BY_CHANNEL>
-static rf_status choose_attention(rf_stream *stream, const attention_params &p, rf_error *err) {
+static rf_status choose_attention(rf_stream *stream, const rf_kvq_attention_params &p, rf_error *err) {
     const int dim = p.a.store.head_dim, heads = heads_of(&p.a);
     if (dim == 64)
         return heads == 2   ? launch_attention<CODE, BY_CHANNEL, 64, 2>(stream, p, err)
@@ -775,7 +769,7 @@ extern "C" rf_status rf_kvq_attention_cuda(rf_stream *stream, const rf_kvq_atten
     const void *const needed[] = {a->q, a->out, a->lse, a->lens};
     RF_TRY(rf_text_pointers("kvq_attention", needed, 4, err));
     if (a->most > 0) RF_TRY(rf_kvq_store_pointers("kvq_attention", &a->store, err));
-    attention_params p = {};
+    rf_kvq_attention_params p = {};
     p.a = *a;
     p.num_splits = splits_of(rf_stream_backend(stream), a);
     RF_TRY(rf_check_workspace("kvq_attention", a->workspace, a->workspace_bytes, split_bytes(a, p.num_splits), err));
@@ -783,17 +777,24 @@ extern "C" rf_status rf_kvq_attention_cuda(rf_stream *stream, const rf_kvq_atten
         p.part_lse = (float *)a->workspace;
         p.part_out = p.part_lse + a->units * a->group_heads * p.num_splits;
     }
-    RF_TRY(with_code(a->store, [&](auto code) {
-        constexpr int CODE = decltype(code)::value;
-        if constexpr (is_int<CODE>) {
-            if (is_by_channel(a->store)) return choose_attention<CODE, true>(stream, p, err);
-        }
-        return choose_attention<CODE, false>(stream, p, err);
-    }));
+    if (rf_kvq_mma_takes(a)) {
+        RF_TRY(rf_kvq_mma_run(stream, &p, err));
+    } else {
+        RF_TRY(with_code(a->store, [&](auto code) {
+            constexpr int CODE = decltype(code)::value;
+            if constexpr (is_int<CODE>) {
+                if (is_by_channel(a->store)) return choose_attention<CODE, true>(stream, p, err);
+            }
+            return choose_attention<CODE, false>(stream, p, err);
+        }));
+    }
     if (p.num_splits == 1) return RF_OK;
-    return rf_launch_early(stream, "kvq_attention_combine", err, combine_kernel,
-                           dim3((unsigned)rf_ceil_div(a->units * a->group_heads, WARPS)), dim3(ATTENTION_THREADS), 0,
-                           p);
+    const int dim = a->store.head_dim;
+    return rf_launch_early(stream, "kvq_attention_combine", err,
+                           dim <= 64    ? combine_kernel<2>
+                           : dim <= 128 ? combine_kernel<4>
+                                        : combine_kernel<8>,
+                           dim3((unsigned)(a->units * a->group_heads)), dim3(JOIN_WARPS * 32), 0, p);
 }
 
 /* --- directions ------------------------------------------------------------------------------------------------------------ */
@@ -852,7 +853,7 @@ static __global__ void __launch_bounds__(ROW_THREADS)
         p.angle[((is_value ? p.units : 0) + unit) * p.list_stride + i] = omega * 0.31830988618379067f;
     if (!s.k_codes) return;
     const int64_t token = p.first[unit] + (int64_t)i;
-    const plane to = plane_of(s, unit, is_value);
+    const rf_kvq_plane to = rf_kvq_plane_of(s, unit, is_value);
     if (c < dim) {
 #pragma unroll
         for (int j = 0; j < 8; j++) a[j] = fmaf(of_a, a[j], of_b * b[j]);

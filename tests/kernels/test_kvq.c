@@ -44,7 +44,11 @@ static const store_case cases[] = {
     {RF_KVQ_INT, 2, 8, false, true, 240, 2, 70, 2},     {RF_KVQ_FP8, 0, 0, false, true, 208, 2, 70, 2},
     {RF_KVQ_INT, 2, 64, true, false, 64, 1, 1, 4},      {RF_KVQ_FP8, 0, 0, false, false, 64, 1, 513, 1},
     {RF_KVQ_INT, 4, 32, true, false, 64, 2, 3000, 4},   {RF_KVQ_INT, 2, 64, true, true, 64, 1, 5003, 3},
-    {RF_KVQ_FP8, 0, 0, false, true, 128, 1, 4500, 5},
+    {RF_KVQ_FP8, 0, 0, false, true, 128, 1, 4500, 5},   {RF_KVQ_INT, 8, 32, true, true, 128, 2, 97, 5},
+    {RF_KVQ_INT, 4, 32, true, true, 128, 3, 2100, 6},   {RF_KVQ_INT, 8, 128, true, false, 128, 1, 3300, 8},
+    {RF_KVQ_INT, 4, 32, true, false, 128, 8, 321, 4},   {RF_KVQ_INT, 2, 32, true, false, 64, 2, 300, 12},
+    {RF_KVQ_INT, 2, 32, true, true, 128, 1, 8201, 3},   {RF_KVQ_INT, 8, 32, true, true, 64, 2, 700, 7},
+    {RF_KVQ_INT, 4, 128, true, false, 128, 9, 31, 1},
 };
 static const store_case direction_cases[] = {
     {RF_KVQ_DIRECTION, 0, 0, false, false, 64, 3, 150, 4}, {RF_KVQ_DIRECTION, 0, 0, false, false, 128, 2, 700, 8},
