@@ -8,7 +8,9 @@
  *                              butterfly that halves what it carries leaves one token a lane
  *            other keys        octets of channels: LANES lanes a token, 8 tokens x HEADS sums in a lane, the same butterfly
  *            values            octets of channels; 8 channels x HEADS sums in a lane
- *          Warps meet in shared memory, splits through the workspace by a second kernel, in order.
+ *          INT with keys by channel and bf16 rows: mostly kvq_mma.cu's kernel in its place.
+ *          Warps meet in shared memory, splits through the workspace by a second kernel, in order, whose blocks (one for each query
+ *          head) have all rows of the splits under way at once.
  *          pack: a lane per octet of a row; keys by channel: a thread per channel. unpack: a thread per octet.
  * Floors   bytes of a token and unit, both planes, groups of g: codes D b / 4, scales of values 4 D / g, of keys D / 8 by channel,
  *          else 4 D / g; e4m3 2 D + 8. D = 128, g = 32: 96 at 2 bits, 160 at 4, 288 at 8; bf16 rows are 512. Flops 4 D a query head.
@@ -774,8 +776,9 @@ extern "C" rf_status rf_kvq_attention_cuda(rf_stream *stream, const rf_kvq_atten
     p.num_splits = splits_of(rf_stream_backend(stream), a);
     RF_TRY(rf_check_workspace("kvq_attention", a->workspace, a->workspace_bytes, split_bytes(a, p.num_splits), err));
     if (p.num_splits > 1) {
-        p.part_lse = (float *)a->workspace;
-        p.part_out = p.part_lse + a->units * a->group_heads * p.num_splits;
+        RF_TRY(rf_kvq_aligned("kvq_attention", "workspace", a->workspace, err));
+        p.part_out = (float *)a->workspace; /* first: its rows are stored in 16 bytes */
+        p.part_lse = p.part_out + a->units * a->group_heads * p.num_splits * a->store.head_dim;
     }
     if (rf_kvq_mma_takes(a)) {
         RF_TRY(rf_kvq_mma_run(stream, &p, err));

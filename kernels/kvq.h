@@ -87,7 +87,8 @@ typedef struct {
  *   out      dtype [units][group_heads][D]; lse f32 [units][group_heads]; a unit of lens 0: out 0, lse -inf
  *   lens     device int32 [units]; most: the largest that it can be (grid size)
  *   logits   f32 [units][group_heads][logits_stride] or NULL: scale q.k' of each token, for whoever wants p = exp(logit - lse)
- * Join with attention over other tokens by attention_merge (kernels/attention.h). workspace: kvq_attention_workspace() bytes.
+ * Join with attention over other tokens by attention_merge (kernels/attention.h). workspace: kvq_attention_workspace() bytes, at a
+ * multiple of 16.
  * Floors: reads each packed byte once (all heads of a group together); 4 D flops a token and query head. */
 typedef struct {
     rf_kvq_store store;

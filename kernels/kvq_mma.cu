@@ -4,20 +4,20 @@
  *            logit = sum_c (q_c s_c) (code_c - 2^(b - 1)) + sum_c q_c (zero_c + 2^(b - 1) s_c)
  *          with q_c s_c of a block of 32 tokens as the sum of two bf16 (relative error 2^-17) and the second sum in f32. Values:
  *            out_c = sum_i (p_i s_ig) (code_ic - 2^(b - 1)) + sum_i p_i (zero_ig + 2^(b - 1) s_ig)
- *          with p_i s_ig as two bf16 for up to 4 heads, else rounded to one, as p is where values are bf16; the second sum in f32, one for
-          each 32 channels.
- * Launch   A block of 4 warps per (unit, split, 4 or 8 heads of the group); a warp takes every fourth block of 32 tokens with a ring
- *          of two blocks and a running softmax of its own. mma m16n8k16: 16 tokens (channels, for values) x 8 columns, which are
- *          high and low parts of 4 heads, or 8 heads of values. lane = 4 g + t has
+ *          with p_i s_ig as the sum of two bf16 and the second sum in f32, one for each 32 channels.
+ * Launch   A block of 4 warps per (unit, split, 4 or 8 heads of the group); a warp takes every fourth block of 32 tokens with a ring of two
+ *          blocks (cp.async) and a running softmax of its own. mma m16n8k16: 16 tokens (channels, for values) x 8 columns, which are
+ *          high and low parts of 4 heads. lane = 4 g + t has
  *            keys      tokens 4 g .. 4 g + 3, of every 16 channels 4 t .. 4 t + 3; logits of its tokens of heads t (and 4 + t)
  *            values    of every 32 channels 4 g .. 4 g + 3, tokens 8 t .. 8 t + 7; probabilities go by shared memory
  *          so that four codes are one load of b / 2 bytes, and two such words make pairs of neighbours in k. Orders of tokens and
  *          channels in a product are free; places of 16-byte pieces in the ring are such that a load meets no bank twice.
+ *          Registers: up to 4 heads 128 (8 bits 176), 4 blocks on an SM (2); up to 8 heads 221, 2 blocks; none spill.
  * Floors   bytes as in kvq.cu: D = 128, groups of 32: 96, 160 and 288 bytes a token and unit at 2, 4 and 8 bits, of which an H100's SM
- *          gets 14 a cycle. Instructions of a warp for a block of 32 tokens and D = 128, counted in the source: 64 loads of codes,
- *          128 pairs of 2 (3 at 8 bits) and a shift, about 250 for q s and its parts, 240 for p s and zeros, 100 for the softmax, 32
- *          products for up to 4 heads (48 for 8): near 1000, 8 cycles of an SM a token, which is less than the memory's 11 at 4 bits.
- *          These are counts, not measurements.
+ *          gets 14 a cycle: 220, 366 and 658 cycles for 32 tokens. Instructions of a warp for them, from the machine code of the
+ *          loop and what it begins with: at most 1830, 1860 and 2190 for up to 4 heads, 2420, 2440 and 2850 for up to 8; an SM takes
+ *          4 a cycle: 460 to 550 and 600 to 710 cycles. Codes are 3 or 4 instructions a pair for all heads, q s and p s with zeros
+ *          near 17 for 4 numbers of 4 heads. Counts, not measurements: near memory's time at 8 bits, twice it at 2.
  * Order    fixed, no atomics. Arch  sm_80 and later.  Checked  tests/kernels/test_kvq.c. */
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -40,7 +40,7 @@ template <int BITS, int DIM, int HEADS> struct mma_shape {
     static constexpr int PLANE = CODES + SCALES, STAGE = 2 * PLANE, RING = STAGES * STAGE; /* of a warp */
     static constexpr int PROBS = HEADS * DIM * 4, FIRST = PROBS + WARPS * HEADS * PITCH * 4,
                          BYTES = FIRST + WARPS * RING;
-    static constexpr int MIN_BLOCKS = BITS == 8 ? 3 : HEADS == 8 ? 3 : 4;
+    static constexpr int MIN_BLOCKS = HEADS == 8 || BITS == 8 ? 2 : 4;
     static_assert(HEADS * DIM * 4 <= RING, "a warp's rows take its ring's place");
     static_assert(FIRST % 16 == 0 && PLANE % 16 == 0, "alignment");
 };
@@ -147,7 +147,6 @@ static __global__ void __launch_bounds__(THREADS, mma_shape<BITS, DIM, HEADS>::M
     mma_kernel(const __grid_constant__ rf_kvq_attention_params p) {
     using Shape = mma_shape<BITS, DIM, HEADS>;
     constexpr int SLABS = Shape::SLABS, STEPS = DIM / 16, SETS = HEADS / 4; /* of 4 heads */
-    constexpr bool PARTS = HEADS == 4;                                      /* of p s, as of q s */
     constexpr float MIDDLE = 1 << (BITS - 1);
     extern __shared__ __align__(128) uint8_t shared[];
     __shared__ float tops[WARPS][HEADS], sums[WARPS][HEADS], zeros[WARPS][HEADS][SLABS];
@@ -197,7 +196,7 @@ static __global__ void __launch_bounds__(THREADS, mma_shape<BITS, DIM, HEADS>::M
     }
     __syncthreads(); /* the queries are there */
 
-    float out[SLABS][2][4] = {}, zero_sum[SLABS] = {}, top[SETS], sum[SETS];
+    float out[SETS][SLABS][2][4] = {}, zero_sum[SETS][SLABS] = {}, top[SETS], sum[SETS];
 #pragma unroll
     for (int n = 0; n < SETS; n++) top[n] = -INFINITY, sum[n] = 0.0f;
 
@@ -279,37 +278,48 @@ static __global__ void __launch_bounds__(THREADS, mma_shape<BITS, DIM, HEADS>::M
         rf_kvq_wait<2 * STAGES - 2>();
         __syncwarp(); /* the values and the probabilities are there */
 
-        float w[8];
-        const float *const column = probs + (PARTS ? g >> 1 : g) * PITCH;
-        rf_load4(column + 8 * t, w);
-        rf_load4(column + 8 * t + 4, w + 4);
-        const float mine = column[BLOCK], even = probs[(PARTS ? t : 2 * t) * PITCH + BLOCK],
-                    odd = PARTS ? even : probs[(2 * t + 1) * PITCH + BLOCK];
+        float w[SETS][8], mine[SETS]; /* of column g */
+#pragma unroll
+        for (int n = 0; n < SETS; n++) {
+            const float *const head = probs + (4 * n + (g >> 1)) * PITCH;
+            rf_load4(head + 8 * t, w[n]);
+            rf_load4(head + 8 * t + 4, w[n] + 4);
+            mine[n] = head[BLOCK];
+        }
 #pragma unroll
         for (int slab = 0; slab < SLABS; slab++) {
-            zero_sum[slab] *= mine;
 #pragma unroll
-            for (int u = 0; u < 2; u++)
+            for (int n = 0; n < SETS; n++) {
+                zero_sum[n][slab] *= mine[n];
 #pragma unroll
-                for (int i = 0; i < 4; i++) out[slab][u][i] *= i % 2 ? odd : even;
+                for (int i = 0; i < 8; i++) out[n][slab][i / 4][i % 4] *= shrink[n];
+            }
 #pragma unroll
             for (int x = 0; x < 8; x += 4) { /* tokens 8 t + x .. + 3 */
-                float v[4];
+                float2 map[4];
 #pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    const float2 map = scale_and_zero(v_scales[((x + j) * 4 + t) * SLABS + slab]);
-                    v[j] = w[x + j] * map.x;
-                    zero_sum[slab] = fmaf(MIDDLE, v[j], fmaf(w[x + j], map.y, zero_sum[slab]));
+                for (int j = 0; j < 4; j++) map[j] = scale_and_zero(v_scales[((x + j) * 4 + t) * SLABS + slab]);
+                uint32_t b[SETS][2];
+#pragma unroll
+                for (int n = 0; n < SETS; n++) {
+                    float v[4];
+#pragma unroll
+                    for (int j = 0; j < 4; j++) {
+                        v[j] = w[n][x + j] * map[j].x;
+                        zero_sum[n][slab] = fmaf(MIDDLE, v[j], fmaf(w[n][x + j], map[j].y, zero_sum[n][slab]));
+                    }
+#pragma unroll
+                    for (int i = 0; i < 2; i++) b[n][i] = pack_part(v[2 * i], v[2 * i + 1], g & 1);
                 }
-                const bool rest = PARTS && (g & 1);
-                const uint32_t b0 = pack_part(v[0], v[1], rest), b1 = pack_part(v[2], v[3], rest);
                 const code_pairs<BITS> low(value_codes<BITS>(v_codes, slab, x, g, t),
                                            value_codes<BITS>(v_codes, slab, x + 1, g, t)),
                     high(value_codes<BITS>(v_codes, slab, x + 2, g, t), value_codes<BITS>(v_codes, slab, x + 3, g, t));
 #pragma unroll
-                for (int u = 0; u < 2; u++)
-                    rf_kv_mma(out[slab][u], low.get(2 * u), low.get(2 * u + 1), high.get(2 * u), high.get(2 * u + 1),
-                              b0, b1);
+                for (int u = 0; u < 2; u++) {
+                    const uint32_t a[4] = {low.get(2 * u), low.get(2 * u + 1), high.get(2 * u), high.get(2 * u + 1)};
+#pragma unroll
+                    for (int n = 0; n < SETS; n++) rf_kv_mma(out[n][slab][u], a[0], a[1], a[2], a[3], b[n][0], b[n][1]);
+                }
             }
         }
         __syncwarp(); /* the stage and the probabilities have been read */
@@ -322,31 +332,24 @@ static __global__ void __launch_bounds__(THREADS, mma_shape<BITS, DIM, HEADS>::M
     /* Join the warps, their rows in their rings. */
     float *const rows = reinterpret_cast<float *>(ring); /* [HEADS][DIM] */
 #pragma unroll
-    for (int slab = 0; slab < SLABS; slab++) {
-        zero_sum[slab] += __shfl_xor_sync(RF_ALL_LANES, zero_sum[slab], 1);
-        zero_sum[slab] += __shfl_xor_sync(RF_ALL_LANES, zero_sum[slab], 2);
-        if (t == 0 && !(PARTS && (g & 1))) zeros[warp][PARTS ? g >> 1 : g][slab] = zero_sum[slab];
-#pragma unroll
-        for (int i = 0; i < (PARTS ? 1 : 2); i++) {
-            float v[4];
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                const float(&d)[4] = out[slab][j / 2];
-                v[j] = PARTS ? d[j % 2 * 2] + d[j % 2 * 2 + 1] : d[j % 2 * 2 + i];
-            }
-            rf_store4(rows + (PARTS ? t : 2 * t + i) * DIM + slab * 32 + 4 * g, v);
-        }
-    }
-#pragma unroll
     for (int n = 0; n < SETS; n++) {
 #pragma unroll
         for (int mask = 4; mask < 32; mask *= 2) sum[n] += __shfl_xor_sync(RF_ALL_LANES, sum[n], mask);
         if (g == 0) tops[warp][4 * n + t] = top[n], sums[warp][4 * n + t] = sum[n];
+#pragma unroll
+        for (int slab = 0; slab < SLABS; slab++) {
+            float zero = zero_sum[n][slab];
+            zero += __shfl_xor_sync(RF_ALL_LANES, zero, 1);
+            zero += __shfl_xor_sync(RF_ALL_LANES, zero, 2);
+            if (t == 0 && g % 2 == 0) zeros[warp][4 * n + (g >> 1)][slab] = zero;
+            const float(&d)[2][4] = out[n][slab];
+            const float v[4] = {d[0][0] + d[0][1], d[0][2] + d[0][3], d[1][0] + d[1][1], d[1][2] + d[1][3]};
+            rf_store4(rows + (4 * n + t) * DIM + slab * 32 + 4 * g, v);
+        }
     }
     __syncthreads(); /* the warps' parts are there */
-#pragma unroll
-    for (int h = 0; h < HEADS; h++) {
-        if (h >= num_heads) break;
+    if ((int)threadIdx.x < num_heads) {
+        const int h = threadIdx.x;
         float most = -INFINITY, total = 0.0f, weight[WARPS];
 #pragma unroll
         for (int i = 0; i < WARPS; i++) most = fmaxf(most, tops[i][h]);
@@ -356,22 +359,34 @@ static __global__ void __launch_bounds__(THREADS, mma_shape<BITS, DIM, HEADS>::M
             total = fmaf(weight[i], sums[i][h], total);
         }
         const float inv = total > 0.0f ? 1.0f / total : 0.0f, lse = total > 0.0f ? most + logf(total) : -INFINITY;
-        const int64_t row = first_row + h, part = row * p.num_splits + split;
-        if (threadIdx.x == 0) *(p.num_splits > 1 ? p.part_lse + part : p.a.lse + row) = lse;
-        for (int c = threadIdx.x; c < DIM; c += THREADS) {
-            float v = 0.0f;
 #pragma unroll
-            for (int i = 0; i < WARPS; i++) {
-                const float *const from = reinterpret_cast<const float *>(shared + Shape::FIRST + i * Shape::RING);
-                v = fmaf(weight[i], from[h * DIM + c] + zeros[i][h][c / 32], v);
-            }
-            v *= inv;
-            if (values.factor) v *= values.factor[c];
-            if (p.num_splits > 1)
-                p.part_out[part * DIM + c] = v;
-            else
-                ((rf_bf16 *)p.a.out)[row * DIM + c] = rf_from_f32<rf_bf16>(v);
+        for (int i = 0; i < WARPS; i++) sums[i][h] = weight[i] * inv;
+        *(p.num_splits > 1 ? p.part_lse + (first_row + h) * p.num_splits + split : p.a.lse + first_row + h) = lse;
+    }
+    __syncthreads(); /* the weights are there */
+    for (int at = threadIdx.x; at < num_heads * (DIM / 4); at += THREADS) {
+        const int h = at / (DIM / 4), c = at % (DIM / 4) * 4;
+        const int64_t row = first_row + h;
+        float v[4] = {};
+#pragma unroll
+        for (int i = 0; i < WARPS; i++) {
+            const float weight = sums[i][h], zero = zeros[i][h][c / 32];
+            float x[4];
+            rf_load4(reinterpret_cast<const float *>(shared + Shape::FIRST + i * Shape::RING) + h * DIM + c, x);
+#pragma unroll
+            for (int j = 0; j < 4; j++) v[j] = fmaf(weight, x[j] + zero, v[j]);
         }
+        if (values.factor) {
+#pragma unroll
+            for (int j = 0; j < 4; j++) v[j] *= values.factor[c + j];
+        }
+        if (p.num_splits > 1) {
+            rf_store4(p.part_out + (row * p.num_splits + split) * DIM + c, v);
+            continue;
+        }
+        rf_bf16 *const to = (rf_bf16 *)p.a.out + row * DIM + c;
+#pragma unroll
+        for (int j = 0; j < 4; j++) to[j] = rf_from_f32<rf_bf16>(v[j]);
     }
 }
 
