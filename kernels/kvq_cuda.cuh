@@ -60,5 +60,16 @@ static __device__ __forceinline__ uint32_t rf_kvq_fma2(uint32_t a, uint32_t b, u
     asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
     return d;
 }
+/* (a & b) | c and (a & b) ^ c in one instruction, which compilers make two of where b and c are constants. */
+static __device__ __forceinline__ uint32_t rf_kvq_and_or(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t d;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+static __device__ __forceinline__ uint32_t rf_kvq_and_xor(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t d;
+    asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
 
 #endif

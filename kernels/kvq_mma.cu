@@ -12,12 +12,13 @@
  *            values    of every 32 channels 4 g .. 4 g + 3, tokens 8 t .. 8 t + 7; probabilities go by shared memory
  *          so that four codes are one load of b / 2 bytes, and two such words make pairs of neighbours in k. Orders of tokens and
  *          channels in a product are free; places of 16-byte pieces in the ring are such that a load meets no bank twice.
- *          Registers: up to 4 heads 128 (8 bits 176), 4 blocks on an SM (2); up to 8 heads 221, 2 blocks; none spill.
+ *          Registers: up to 4 heads at most 128 and 4 blocks on an SM, 219 and 2 at 8 bits; up to 8 heads 224 and 2; none spill.
  * Floors   bytes as in kvq.cu: D = 128, groups of 32: 96, 160 and 288 bytes a token and unit at 2, 4 and 8 bits, of which an H100's SM
- *          gets 14 a cycle: 220, 366 and 658 cycles for 32 tokens. Instructions of a warp for them, from the machine code of the
- *          loop and what it begins with: at most 1830, 1860 and 2190 for up to 4 heads, 2420, 2440 and 2850 for up to 8; an SM takes
- *          4 a cycle: 460 to 550 and 600 to 710 cycles. Codes are 3 or 4 instructions a pair for all heads, q s and p s with zeros
- *          near 17 for 4 numbers of 4 heads. Counts, not measurements: near memory's time at 8 bits, twice it at 2.
+ *          gets 14 a cycle: 220, 366 and 658 cycles for 32 tokens. Instructions of a warp for them, by the machine code of the loop
+ *          (sm_90a): 1294, 1386 and 1586 for up to 4 heads, 1844, 1930 and 2214 for up to 8; an SM issues 4 a cycle: 324, 347 and
+ *          397, 461, 483 and 554 cycles. A pair of codes is 3 instructions (4 at 8 bits) and a fourth or less of a product,
+ *          for all heads; four numbers of q s or p s with their zeros are about 34, for 4 heads. Counts, not measurements: bound by
+ *          memory at 8 bits, near it at 4, by instructions at 2.
  * Order    fixed, no atomics. Arch  sm_80 and later.  Checked  tests/kernels/test_kvq.c. */
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -76,22 +77,24 @@ static __device__ __forceinline__ uint32_t value_codes(const uint8_t *codes, int
     return load_four<BITS>(codes + ((slab * 8 + x) * 4 + t) * (4 * BITS) + g * (BITS / 2));
 }
 
-/* Pairs of code i of two words, less 2^(b - 1), as bf16: 0x4300 | n is 128 + n. At 8 bits the seven lower bits are n, and the upper one
- * makes -128 of -256. */
+/* Pairs of code i of two words, less 2^(b - 1), as bf16: 0x4300 | n is 128 + n for n of 7 bits. */
 template <int BITS> struct code_pairs {
     uint32_t a, b;
     __device__ __forceinline__ code_pairs(uint32_t first, uint32_t second) : a(first), b(second) {
         if (BITS != 8) a = first | second << 16;
     }
     __device__ __forceinline__ uint32_t get(int i) const {
-        constexpr uint32_t ONE = 0x3f803f80u;
-        if constexpr (BITS == 8) {
+        constexpr uint32_t ONE = 0x3f803f80u, MAGIC = 0x43004300u;
+        if constexpr (BITS == 8) { /* n: the lower bits; the upper one makes -128 of -256 */
             const uint32_t v = __byte_perm(a, b, i | i << 4 | (i + 4) << 8 | (i + 4) << 12);
-            return rf_kvq_fma2((v & 0x007f007fu) | 0x43004300u, ONE, (v & 0x00800080u) ^ 0xc380c380u);
-        } else {
-            constexpr uint32_t MASK = BITS == 4 ? 0x000f000fu : 0x00030003u;
-            constexpr uint32_t LESS = BITS == 4 ? 0xc308c308u : 0xc302c302u; /* -136, -130 */
-            return rf_kvq_fma2((a >> (BITS * i) & MASK) | 0x43004300u, ONE, LESS);
+            return rf_kvq_fma2(rf_kvq_and_or(v, 0x007f007fu, MAGIC), ONE, rf_kvq_and_xor(v, 0x00800080u, 0xc380c380u));
+        } else if constexpr (BITS == 4) {
+            return rf_kvq_fma2(rf_kvq_and_or(a >> (4 * i), 0x000f000fu, MAGIC), ONE, 0xc308c308u /* -136 */);
+        } else { /* n = 4^i code of the first three: 4^-i (128 + n) - 4^-i 128 - 2 */
+            const uint32_t n = rf_kvq_and_or(i < 3 ? a : a >> 6, 0x00030003u << (i < 3 ? 2 * i : 0), MAGIC);
+            if (i == 1) return rf_kvq_fma2(n, 0x3e803e80u, 0xc208c208u); /* 1 / 4, -34 */
+            if (i == 2) return rf_kvq_fma2(n, 0x3d803d80u, 0xc120c120u); /* 1 / 16, -10 */
+            return rf_kvq_fma2(n, ONE, 0xc302c302u);                     /* -130 */
         }
     }
 };
