@@ -1,6 +1,5 @@
 /* samples/refrain/kv_args.c - specs of KV policies to settings. */
 #include "samples/refrain/kv_args.h"
-#include "caching/kv/demote.h"
 
 #include <math.h>
 #include <stdio.h>
